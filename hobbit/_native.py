@@ -1,0 +1,48 @@
+"""The only door to the C library: `lib`, `ffi`, and `check` to turn a status into an exception."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# llama.cpp's libraries must be in the process before ours, which is linked against them.
+import llama_cpp
+
+from ._hobbit import ffi, lib
+from .errors import HobbitError, ModelError, ReadError, UnsupportedModelError
+
+LLAMA_VERSION = "0.3.36"
+ERROR_BYTES = 512
+
+_CLASSES: dict[int, type[HobbitError]] = {
+    lib.HOBBIT_IO: ReadError,
+    lib.HOBBIT_FORMAT: ModelError,
+    lib.HOBBIT_UNSUPPORTED: UnsupportedModelError,
+}
+
+
+def check(status: int, error: Any) -> None:
+    """Raise the exception for a status other than HOBBIT_OK; `error` is the C buffer of its text."""
+    if status != lib.HOBBIT_OK:
+        raise _CLASSES.get(status, HobbitError)(ffi.string(error).decode(errors="replace"))
+
+
+def error_buffer() -> Any:
+    return ffi.new("char[]", ERROR_BYTES)
+
+
+def address(pointer: Any) -> int:
+    """The number behind a C pointer, as llama_cpp's bindings take it."""
+    return int(ffi.cast("uintptr_t", pointer))
+
+
+def register() -> None:
+    """Make our device known to ggml; every context made from then on has it."""
+    found = llama_cpp.__version__
+    if found != LLAMA_VERSION:
+        raise HobbitError(
+            f"this hobbit is built for llama-cpp-python {LLAMA_VERSION} and found {found}: "
+            f"pip install llama-cpp-python=={LLAMA_VERSION}, or reinstall hobbit-moe"
+        )
+    lib.hobbit_register()
+
+

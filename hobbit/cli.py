@@ -1,0 +1,382 @@
+"""The command line: parse, call the library once, hand the result to a renderer.
+
+stdout carries the answer and nothing else. Modules that are slow to import are imported where they
+are used, so that `hobbit --help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+
+import typer
+
+from .errors import HobbitError, ModelError, UsageError
+from .render import (
+    Screen,
+    banner,
+    resident_lines,
+    run_report,
+    stats_line,
+    verbose_lines,
+    verify_lines,
+)
+
+if TYPE_CHECKING:
+    from .generate import Sampling
+    from .llama import Llama
+    from .options import Options
+
+EXIT_DISK_FULL = 5
+_STDIN_PATIENCE_S = 2.0
+
+app = typer.Typer(
+    help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; handled like Ctrl-C, with an exit code of its own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; no exception leaves here."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = app(args=arguments, standalone_mode=False, prog_name="hobbit")
+        return code if isinstance(code, int) else 0
+    except BaseException as exc:  # the last resort: whatever it is, one line and an exit code
+        return _report(exc)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _report(exc: BaseException) -> int:
+    screen = Screen()
+    if isinstance(exc, SystemExit):
+        return exc.code if isinstance(exc.code, int) else 1
+    if isinstance(exc, KeyboardInterrupt):
+        screen.error("interrupted")
+        # A thread may be inside llama.cpp still: leave without waiting for it.
+        sys.stdout.flush()
+        os._exit(_signal_code(exc))
+    if isinstance(exc, BrokenPipeError):
+        _forget_stdout()
+        return 1
+    if isinstance(exc, HobbitError):
+        screen.error(str(exc))
+        cause = exc.__cause__
+        full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
+        return EXIT_DISK_FULL if full else exc.exit_code
+    # The parser's own errors; their class is private to typer.
+    format_message = getattr(exc, "format_message", None)
+    if format_message is not None:
+        screen.error(format_message(), "hobbit --help, hobbit run --help")
+        return int(getattr(exc, "exit_code", 2))
+    screen.error(f"{type(exc).__name__}: {exc}", "set HOBBIT_VERBOSE=1 to see where")
+    if os.environ.get("HOBBIT_VERBOSE"):
+        traceback.print_exception(exc)
+    return EXIT_DISK_FULL if isinstance(exc, OSError) and exc.errno == errno.ENOSPC else 1
+
+
+def _signal_code(exc: KeyboardInterrupt) -> int:
+    return 128 + (signal.SIGTERM if isinstance(exc, Terminated) else signal.SIGINT)
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from flushing into a closed pipe when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hobbit {version('hobbit-moe')} (llama-cpp-python {version('llama-cpp-python')})")
+        raise typer.Exit
+
+
+@app.callback(epilog="Every flag can also be given as HOBBIT_<NAME>, as in HOBBIT_CTX_SIZE=8192.")
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _flag(*names: str, help: str = "", hidden: bool = False, **more: Any) -> Any:
+    """Make an option that an environment variable, named after its long form, can set too."""
+    long = next(name for name in names if name.startswith("--")).split("/")[0]
+    variable = "HOBBIT_" + long.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        *names, help=help, envvar=variable, show_envvar=False, hidden=hidden, **more
+    )
+
+
+def _refuse(param: typer.CallbackParam, value: Any) -> Any:
+    if value:
+        raise UsageError(
+            f"{param.opts[0]}: hobbit places experts itself; "
+            "say how much memory it may use with --memory"
+        )
+    return value
+
+
+def _dead(*names: str) -> Any:
+    """Make a flag of llama.cpp that means nothing here: it is refused by name."""
+    return typer.Option(*names, hidden=True, callback=_refuse)
+
+
+@app.command(no_args_is_help=False)
+def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]...",
+            help="Path of a .gguf file (of the first part), or demo (the default: a small model "
+            "made on first use); then the prompt.",
+        ),
+    ] = None,
+    model: Annotated[str | None, _flag("-m", "--model", help="MODEL, as a flag.")] = None,
+    hf_repo: Annotated[
+        str | None,
+        _flag("-hf", "--hf-repo", help="Hugging Face repository: user/name[:quantisation]."),
+    ] = None,
+    hf_file: Annotated[str | None, _flag("-hff", "--hf-file", help="File in it.")] = None,
+    prompt: Annotated[str | None, _flag("-p", "--prompt", help="The prompt.")] = None,
+    file: Annotated[Path | None, _flag("-f", "--file", help="Read the prompt from FILE.")] = None,
+    system_prompt: Annotated[
+        str | None, _flag("-sys", "--system-prompt", "--system", help="System prompt.")
+    ] = None,
+    system_prompt_file: Annotated[
+        Path | None, _flag("-sysf", "--system-prompt-file", help="Read it from FILE.")
+    ] = None,
+    raw: Annotated[bool, _flag("--raw", help="Complete the text; apply no chat template.")] = False,
+    predict: Annotated[
+        int | None,
+        _flag(
+            "-n",
+            "--predict",
+            "--n-predict",
+            "--max-tokens",
+            help="Tokens to generate; -1: until the end of the answer (default: -1; demo: 256).",
+        ),
+    ] = None,
+    ctx_size: Annotated[
+        int, _flag("-c", "--ctx-size", min=0, help="Context size; 0: the model's own.")
+    ] = 4096,
+    threads: Annotated[
+        int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    threads_batch: Annotated[
+        int | None, _flag("-tb", "--threads-batch", help="Threads for the prompt (as -t).")
+    ] = None,
+    batch_size: Annotated[int, _flag("-b", "--batch-size", min=1, help="Logical batch.")] = 2048,
+    ubatch_size: Annotated[int, _flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
+    gpu_layers: Annotated[
+        str, _flag("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on a GPU.")
+    ] = "auto",
+    flash_attn: Annotated[str, _flag("-fa", "--flash-attn", help="on, off or auto.")] = "auto",
+    cache_type_k: Annotated[str, _flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
+    cache_type_v: Annotated[str, _flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    temp: Annotated[
+        float, _flag("--temp", "--temperature", min=0, help="Temperature; 0: most likely token.")
+    ] = 0.8,
+    top_k: Annotated[int, _flag("--top-k", help="Sample from the K most likely.")] = 40,
+    top_p: Annotated[float, _flag("--top-p", help="Sample from this probability mass.")] = 0.95,
+    min_p: Annotated[float, _flag("--min-p", help="Least share of the best token.")] = 0.05,
+    repeat_penalty: Annotated[
+        float, _flag("--repeat-penalty", help="Penalty for repeated tokens; 1: none.")
+    ] = 1.0,
+    seed: Annotated[int, _flag("-s", "--seed", help="Seed; -1: random.")] = -1,
+    reverse_prompt: Annotated[
+        list[str] | None, _flag("-r", "--reverse-prompt", help="Stop at this text (repeatable).")
+    ] = None,
+    grammar: Annotated[str | None, _flag("--grammar", help="GBNF grammar of the answer.")] = None,
+    grammar_file: Annotated[Path | None, _flag("--grammar-file", help="Read it from FILE.")] = None,
+    json_schema: Annotated[
+        str | None, _flag("-j", "--json-schema", help="JSON schema of the answer.")
+    ] = None,
+    json_schema_file: Annotated[
+        Path | None, _flag("-jf", "--json-schema-file", help="Read it from FILE.")
+    ] = None,
+    memory: Annotated[
+        str,
+        _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
+    ] = "auto",
+    io: Annotated[str, _flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
+    io_threads: Annotated[
+        int, _flag("--io-threads", min=0, help="Reading threads; 0: chosen.")
+    ] = 0,
+    json_output: Annotated[
+        bool, _flag("--json", help="Print one JSON object instead of the answer.")
+    ] = False,
+    no_stream: Annotated[
+        bool, _flag("--no-stream", help="Print the answer when it is whole.")
+    ] = False,
+    verbose: Annotated[
+        bool, _flag("--verbose", "-v", help="Show the memory plan, timings and llama.cpp's log.")
+    ] = False,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="Print nothing but the answer.")] = False,
+    color: Annotated[str, _flag("--color", help="auto, always or never.")] = "auto",
+    cpu_moe: Annotated[bool, _dead("-cmoe", "--cpu-moe")] = False,
+    n_cpu_moe: Annotated[str | None, _dead("-ncmoe", "--n-cpu-moe")] = None,
+    override_tensor: Annotated[str | None, _dead("-ot", "--override-tensor")] = None,
+) -> int:
+    """Generate text from a prompt."""
+    from .options import Options
+
+    values = {k: v for k, v in locals().items() if k in Options.__dataclass_fields__}
+    for name in ("words", "reverse_prompt"):
+        values[name] = tuple(values[name] or ())
+    return _run(Options(**values))
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
+    ] = None,
+    threads: Annotated[
+        int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Compare every logit with stock llama.cpp's, bit by bit, at several cache sizes."""
+    from dataclasses import replace
+
+    from .cpus import physical_cores
+    from .options import Options
+    from .stock import Job
+    from .verify import EXIT_DIFFERENT
+    from .verify import verify as compare
+
+    screen = Screen(quiet)
+    path = _model_path(Options(model=model), screen)
+    job = replace(Job(), n_threads=threads or physical_cores())
+    rows = compare(path, job=job, on_progress=screen.say)
+    for line in verify_lines(rows):
+        print(line)
+    return 0 if all(row.equal for row in rows) else EXIT_DIFFERENT
+
+
+def _run(options: Options) -> int:
+    from .generate import Prompt, generate, has_chat_template
+    from .options import DEMO_PROMPT, read_prompt, sampling, system_prompt
+
+    screen = Screen(options.quiet, options.color)
+    text = read_prompt(options, _stdin(screen))
+    system, settings = system_prompt(options), sampling(options)
+    path = _model_path(options, screen)
+    if not text:
+        text = DEMO_PROMPT
+        screen.say(f"no prompt given, so the demo is asked: {text}")
+    start = time.monotonic()
+    with closing(_load(path, options)) as llm:
+        load_s = time.monotonic() - start
+        _introduce(screen, llm, options, settings)
+        chat = has_chat_template(llm) and not options.raw
+        if system and not chat:
+            screen.say("the system prompt is not used: there is no chat template, or --raw")
+        whole = options.no_stream or options.json_output
+        result = generate(llm, Prompt(text, system, chat), settings, _mute if whole else _print)
+        if options.json_output:
+            report = run_report(result, llm.plan.to_dict(), settings, options.to_dict(), load_s)
+            _print(json.dumps(report, ensure_ascii=False))
+        elif whole:
+            _print(result.text)
+        _print("\n")
+        if options.verbose:
+            screen.say(*verbose_lines(result, load_s))
+        screen.say(stats_line(result))
+    return 0 if result.signal is None else _signal_code(result.signal)
+
+
+def _load(path: Path, options: Options) -> Llama:
+    """Load the model in another thread, so that Ctrl-C is heard while llama.cpp reads it."""
+    from .generate import interruptible
+    from .options import model_arguments
+
+    arguments = model_arguments(options)
+
+    def load() -> Llama:
+        from .llama import Llama
+
+        return Llama(str(path), **arguments)
+
+    return interruptible(load)
+
+
+def _introduce(screen: Screen, llm: Llama, options: Options, settings: Sampling) -> None:
+    threads = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
+    screen.say(*banner(llm.layout, llm.plan, llm.stats.io, threads))
+    screen.say(*resident_lines(llm.layout))
+    if options.verbose:
+        screen.say(llm.plan.describe())
+
+
+def _model_path(options: Options, screen: Screen) -> Path:
+    if options.hf_repo:
+        from .hub import fetch
+
+        return fetch(options.hf_repo, options.hf_file)
+    name = options.model_name
+    if name is None or options.is_demo:
+        from . import demo
+
+        if demo.path().is_file():
+            return demo.path()
+        screen.say(f"the demo model is made once, in {demo.path().parent}")
+        with screen.progress() as report:
+            return demo.ensure(report)
+    path = Path(name).expanduser()
+    # A word that cannot be meant as a path gets an answer about names.
+    if not path.exists() and path.suffix != ".gguf" and len(path.parts) == 1:
+        raise ModelError(
+            f"no model is called {name!r}: name a .gguf file, a Hugging Face repository with -hf, "
+            "or demo, the built-in model"
+        )
+    return path
+
+
+def _stdin(screen: Screen) -> TextIO | None:
+    """Return stdin unless it is a terminal; say so when nothing comes from it for a while."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return None
+    try:
+        ready = select.select([sys.stdin], [], [], _STDIN_PATIENCE_S)[0]
+    except (OSError, ValueError):
+        return sys.stdin
+    if not ready:
+        screen.say("waiting for the end of stdin, which is put before the prompt (or: </dev/null)")
+    return sys.stdin
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _mute(text: str) -> None:
+    pass

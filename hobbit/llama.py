@@ -1,0 +1,328 @@
+"""`hobbit.Llama`: llama_cpp.Llama with experts streamed from disk under a memory cap."""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import inspect
+import resource
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+import llama_cpp.llama_cpp as upstream_api
+
+from .errors import Cancelled, HobbitError, ReadError, UnsupportedModelError, UsageError
+from .gguf_file import open_gguf
+from .layout import Layout, build_layout
+from .memory import Cap, Line, MemoryPlan, plan, resolve_cap, total_memory
+from .stats import Stats
+from .streamed import ContextMemory, Io, StreamedModel
+
+# Arguments that llama-cpp-python once had; scripts still pass them.
+_DEAD_ARGUMENTS = {"n_gqa", "n_parts", "f16_kv", "rms_norm_eps", "mul_mat_q", "low_vram"}
+_UPSTREAM = inspect.signature(llama_cpp.Llama.__init__).parameters
+_LLAMA_DECODE_ABORTED = "llama_decode returned 2"
+
+# What the plan keeps for the interpreter's growth, sampling, and the kernel's page tables.
+_PROCESS_GROWTH = 48 << 20
+_PAGE_TABLE_SHARE = 400
+
+# native/replica.c, moe.c and reader.c: what they may allocate.
+_BATCH_BYTES = 32 << 20
+_ROW_TABLE_BYTES = 32 << 20
+_BOUNCE_BYTES = (2 << 20) + 2 * 4096
+_IO_THREADS = 4
+
+
+class Llama(llama_cpp.Llama):  # type: ignore[misc]
+    """A drop-in for llama_cpp.Llama that runs MoE models bigger than its memory cap.
+
+    Takes the arguments of llama_cpp.Llama, with the same meaning and defaults but for `verbose`,
+    which is off, and:
+
+    memory: cap on everything the process holds: bytes, "8G", "50%" or "auto".
+    cache_bytes: size of the expert cache in place of what the cap allows; "floor" is the smallest.
+    io: "direct" reads bypass the page cache; "auto" tries that first.
+    io_threads: reader threads; 0 chooses.
+    on_plan: called with the memory plan before anything of it is allocated.
+
+    A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
+    time; `cancel`, `stats` and `plan` from any thread. Raises the errors of `hobbit.errors`.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        memory: str | int = "auto",
+        cache_bytes: int | Literal["floor"] | None = None,
+        io: Io = "auto",
+        io_threads: int = 0,
+        on_plan: Callable[[MemoryPlan], None] | None = None,
+        verbose: bool = False,
+        **arguments: Any,
+    ) -> None:
+        self._streamed: StreamedModel | None = None
+        self._counted = Stats()
+        self._own_arguments = {
+            "memory": memory,
+            "cache_bytes": cache_bytes,
+            "io": io,
+            "io_threads": io_threads,
+        }
+        arguments = _known(arguments)
+        if io not in ("auto", "direct", "buffered"):
+            raise UsageError(f"io is {io!r}: use auto, direct or buffered")
+        self.layout: Layout = build_layout(open_gguf(Path(model_path)))
+        self._cap = _cap(memory, cache_bytes)
+        self._on_plan = on_plan
+        self.plan: MemoryPlan
+        if arguments.get("lora_path"):
+            _refuse_expert_lora(str(arguments["lora_path"]), self.layout)
+        try:
+            with _patched(self):
+                super().__init__(str(model_path), verbose=verbose, **arguments)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ValueError) and not isinstance(error, HobbitError):
+                raise UnsupportedModelError(f"{model_path}: {error}") from error
+            raise
+
+    @property
+    def stats(self) -> Stats:
+        """Counters since the model was loaded."""
+        common = {
+            "cap_bytes": self._cap.bytes,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+            "mode": self.plan.mode,
+        }
+        counted = self._counted.to_dict()
+        fields = {name: counted[name] for name in Stats.__dataclass_fields__} | common
+        if self._streamed is not None:
+            c = self._streamed.counters()
+            fields |= {
+                "hits": c.hits,
+                "misses": c.misses,
+                "evictions": c.evictions,
+                "read_bytes": c.read_bytes,
+                "stall_s": c.stall_ns * 1e-9,
+                "moe_s": c.compute_ns * 1e-9,
+                "io": "direct" if c.direct_io else "buffered",
+                "cache_bytes": c.cache_bytes,
+            }
+        return Stats(**fields)
+
+    def cancel(self) -> None:
+        """Stop the running evaluation within a layer: it raises Cancelled. From any thread.
+
+        A no-op for models without experts.
+        """
+        if self._streamed is not None:
+            self._streamed.cancel(True)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens; see llama_cpp.Llama.eval. Raises ReadError and Cancelled."""
+        start = time.perf_counter()
+        with self._translated():
+            super().eval(tokens)
+        seconds = time.perf_counter() - start
+        new = Stats(tokens_prompt=len(tokens), prompt_s=seconds)
+        if len(tokens) == 1:
+            new = Stats(tokens_generated=1, decode_s=seconds)
+        self._counted = new.minus(_negative(self._counted))
+
+    def embed(self, *arguments: Any, **named: Any) -> Any:
+        """See llama_cpp.Llama.embed."""
+        with self._translated():
+            return super().embed(*arguments, **named)
+
+    def close(self) -> None:
+        """Free the model, its cache and its threads; harmless when done already."""
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            stack.close()
+        self._streamed = None
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name in _UPSTREAM} | (
+            self._own_arguments
+        )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            why = self._streamed.take_error() if self._streamed else ""
+            if why:
+                raise ReadError(why) from error
+            if str(error) == _LLAMA_DECODE_ABORTED:
+                raise Cancelled("cancelled") from error
+            raise
+        finally:
+            # A cancel is for the evaluation under way, or else for the next one.
+            if self._streamed is not None:
+                self._streamed.cancel(False)
+
+    def _load(self, params: Any) -> int:
+        """In place of llama_model_load_from_file: plan, then load."""
+        if not self.layout.groups or params.vocab_only:
+            return self._load_resident(params)
+        own = self._own_arguments
+        streamed = StreamedModel(self.layout, own["io"], own["io_threads"])  # type: ignore[arg-type]
+        self._stack.callback(streamed.close)
+        self._streamed = streamed
+        measured = streamed.measure(params, self._context_params())
+        self._make_plan(measured, streamed.slot_bytes())
+        streamed.allocate(self.plan.pools)
+        return streamed.load(params, self.verbose)
+
+    def _load_resident(self, params: Any) -> int:
+        params.use_extra_bufts = params.use_extra_bufts and not _has_amx()
+        self._make_plan(ContextMemory(self.layout.dense_bytes, 0, 0), ())
+        return int(_load_from_file(self.model_path.encode(), params) or 0)
+
+    def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[int]) -> None:
+        parts = [
+            Line("dense", measured.dense, "weights every token needs, in anonymous memory"),
+            Line("kv", measured.kv, f"context of {self._context_params().n_ctx} tokens"),
+            Line("compute", measured.compute + self._output_bytes(), "buffers of llama.cpp"),
+        ]
+        if slot_bytes:
+            parts.append(Line("scratch", self._scratch_bytes(), "gathered rows, reads in flight"))
+        growth = _PROCESS_GROWTH + self._cap.bytes // _PAGE_TABLE_SHARE
+        parts.append(Line("process", _resident_bytes() + growth, "interpreter and libraries"))
+        cache = self._own_arguments["cache_bytes"]
+        self.plan = plan(self._cap, self.layout, parts, slot_bytes, cache)  # type: ignore[arg-type]
+        if self._on_plan is not None:
+            self._on_plan(self.plan)
+
+    def _context_params(self) -> Any:
+        """The context's parameters, with the model's own context length where that is asked for."""
+        params = self.context_params
+        if params.n_ctx == 0:
+            length = self.layout.gguf.get(f"{self.layout.gguf.arch}.context_length", 0)
+            params = type(params).from_buffer_copy(params)
+            params.n_ctx = length if isinstance(length, int) else 0
+        return params
+
+    def _output_bytes(self) -> int:
+        """Logits in llama.cpp, and their copies in Python."""
+        embedding = self.layout.gguf.tensors.get("token_embd.weight")
+        row = 4 * embedding.shape[1] if embedding is not None else 0
+        rows = self.n_batch + self.context_params.n_ctx if self._logits_all else 1
+        return row * (rows + 8)
+
+    def _scratch_bytes(self) -> int:
+        """Upper bound of the plugin's work space for one ubatch."""
+        tokens, used = self.context_params.n_ubatch, self.layout.n_expert_used
+        row = 0
+        for group in self.layout.groups:
+            widths = [matrix.ne1 for matrix in group.matrices]
+            row = max(row, 4 * (sum(widths) + 3 * max(widths) + 2 * group.matrices[0].ne0))
+        rows = max(min(_BATCH_BYTES // row, tokens * used), tokens)
+        tables = min(_ROW_TABLE_BYTES, 8 * tokens * used * 4096)
+        threads = int(self._own_arguments["io_threads"] or _IO_THREADS)  # type: ignore[call-overload]
+        return rows * row * 4 // 3 + tables + threads * _BOUNCE_BYTES
+
+
+_patch_lock = threading.Lock()
+_load_from_file = upstream_api.llama_model_load_from_file
+_init_from_model = upstream_api.llama_init_from_model
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@contextmanager
+def _patched(llm: Llama) -> Iterator[None]:
+    """The one place where llama-cpp-python is patched, while a constructor of ours runs.
+
+    The parent's constructor builds the parameters and loads in one go: its two calls of the C API
+    come here. Other threads' models pass through untouched.
+    """
+    owner = threading.get_ident()
+
+    def load_from_file(path: bytes, params: Any) -> Any:
+        ours = threading.get_ident() == owner
+        return llm._load(params) if ours else _load_from_file(path, params)
+
+    def init_from_model(model: Any, params: Any) -> Any:
+        if threading.get_ident() == owner and llm._streamed is not None:
+            function, data = llm._streamed.abort_callback()
+            params.abort_callback = upstream_api.ggml_abort_callback(function)
+            params.abort_callback_data = data
+        return _init_from_model(model, params)
+
+    with _patch_lock:
+        upstream_api.llama_model_load_from_file = load_from_file
+        upstream_api.llama_init_from_model = init_from_model
+        try:
+            yield
+        finally:
+            upstream_api.llama_model_load_from_file = _load_from_file
+            upstream_api.llama_init_from_model = _init_from_model
+
+
+def _known(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Drop dead arguments with a warning; raise TypeError for unknown ones, as a function would."""
+    for name in [*arguments]:
+        if name in _UPSTREAM:
+            continue
+        if name in _DEAD_ARGUMENTS:
+            warnings.warn(f"Llama() ignores {name}: llama.cpp no longer has it", stacklevel=3)
+            del arguments[name]
+            continue
+        own = inspect.signature(Llama.__init__).parameters
+        near = difflib.get_close_matches(name, [*_UPSTREAM, *own], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"Llama() has no argument {name!r}{hint}")
+    return arguments
+
+
+def _cap(memory: str | int, cache_bytes: object) -> Cap:
+    """A cache size given outright is not limited by how much memory happens to be free."""
+    if memory == "auto" and cache_bytes is not None:
+        return Cap(*total_memory())
+    return resolve_cap(memory)
+
+
+def _negative(stats: Stats) -> Stats:
+    return Stats().minus(stats)
+
+
+def _refuse_expert_lora(path: str, layout: Layout) -> None:
+    adapter = open_gguf(Path(path))
+    for name in adapter.tensors:
+        if name.removesuffix(".lora_a").removesuffix(".lora_b") in layout.streamed:
+            raise UnsupportedModelError(
+                f"{path}: changes {name}, which streams from disk: merge the adapter into the model"
+            )
+
+
+def _resident_bytes() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    return pages * resource.getpagesize()
+
+
+def _has_amx() -> bool:
+    """llama-cpp-python 0.3.36 crashes in its AMX kernels; without repacking they are not used."""
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,198 @@
+"""What `hobbit run` was asked to do, checked, and turned into what the library takes."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from .cpus import physical_cores
+from .errors import UsageError
+from .generate import Sampling
+
+DEMO = "demo"
+DEMO_PROMPT = "Explain in a few sentences why the sky is blue."
+DEMO_TOKENS = 256
+
+# The types that llama.cpp accepts for the KV cache, with ggml's numbers.
+KV_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
+    "q5_1": 7,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """One value for each flag of `hobbit run`, by the name of its parameter."""
+
+    words: tuple[str, ...] = ()
+    model: str | None = None
+    hf_repo: str | None = None
+    hf_file: str | None = None
+    prompt: str | None = None
+    file: Path | None = None
+    system_prompt: str | None = None
+    system_prompt_file: Path | None = None
+    raw: bool = False
+    predict: int | None = None
+    ctx_size: int = 4096
+    threads: int | None = None
+    threads_batch: int | None = None
+    batch_size: int = 2048
+    ubatch_size: int = 512
+    gpu_layers: str = "auto"
+    flash_attn: str = "auto"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int = -1
+    reverse_prompt: tuple[str, ...] = ()
+    grammar: str | None = None
+    grammar_file: Path | None = None
+    json_schema: str | None = None
+    json_schema_file: Path | None = None
+    memory: str = "auto"
+    io: str = "auto"
+    io_threads: int = 0
+    json_output: bool = False
+    no_stream: bool = False
+    verbose: bool = False
+    quiet: bool = False
+    color: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("flash_attn", "io", "color", "cache_type_k", "cache_type_v"):
+            allowed, value = _CHOICES[name], getattr(self, name)
+            if value not in allowed:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {value}: must be one of {', '.join(allowed)}")
+        if self.predict is not None and (self.predict == 0 or self.predict < -2):
+            raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
+
+    @property
+    def model_name(self) -> str | None:
+        """The model as it was named: by -m, or as the first word."""
+        return self.model or (None if self.hf_repo else next(iter(self.words), None))
+
+    @property
+    def is_demo(self) -> bool:
+        return not self.hf_repo and self.model_name in (None, DEMO)
+
+    @property
+    def prompt_words(self) -> tuple[str, ...]:
+        return self.words if self.model or self.hf_repo else self.words[1:]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return] # str
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "flash_attn": ("auto", "on", "off"),
+    "io": ("auto", "direct", "buffered"),
+    "color": ("auto", "always", "never"),
+    "cache_type_k": tuple(KV_TYPES),
+    "cache_type_v": tuple(KV_TYPES),
+}
+
+
+def read_prompt(options: Options, stdin: TextIO | None) -> str:
+    """Join what stdin, -f, -p and the command line say, in this order; stdin is not a terminal."""
+    parts = [stdin.read() if stdin else ""]
+    parts.append(_contents(options.file).removesuffix("\n") if options.file else "")
+    parts += [options.prompt or "", " ".join(options.prompt_words)]
+    prompt = "\n".join(part for part in parts if part)
+    if prompt.strip():
+        return prompt
+    if options.is_demo:
+        return ""
+    raise UsageError(
+        f"no prompt: hobbit run {options.model_name or options.hf_repo} 'Why is the sky blue?', "
+        "or -p TEXT, -f FILE, or text on stdin"
+    )
+
+
+def system_prompt(options: Options) -> str:
+    if options.system_prompt_file:
+        return _contents(options.system_prompt_file).removesuffix("\n")
+    return options.system_prompt or ""
+
+
+def sampling(options: Options) -> Sampling:
+    """Turn flags into sampling settings; a random seed is drawn here so that it can be reported."""
+    if options.seed < -1:
+        raise UsageError(f"--seed {options.seed}: must be -1 (random) or a number from 0 on")
+    limit = options.predict
+    if limit is None and options.is_demo:
+        limit = DEMO_TOKENS
+    return Sampling(
+        max_tokens=None if limit is None or limit < 0 else limit,
+        temperature=options.temp,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repeat_penalty=options.repeat_penalty,
+        seed=secrets.randbits(31) if options.seed == -1 else options.seed,
+        stop=options.reverse_prompt,
+        grammar=_text_or_file(options.grammar, options.grammar_file),
+        json_schema=_text_or_file(options.json_schema, options.json_schema_file),
+    )
+
+
+def model_arguments(options: Options) -> dict[str, Any]:
+    """Turn flags into the keyword arguments of `hobbit.Llama`."""
+    threads = options.threads if options.threads and options.threads > 0 else physical_cores()
+    arguments: dict[str, Any] = {
+        "n_ctx": options.ctx_size,
+        "n_batch": options.batch_size,
+        "n_ubatch": options.ubatch_size,
+        "n_threads": threads,
+        "n_threads_batch": options.threads_batch or threads,
+        "n_gpu_layers": _gpu_layers(options.gpu_layers),
+        "memory": options.memory,
+        "io": options.io,
+        "io_threads": options.io_threads,
+        "verbose": options.verbose,
+    }
+    # llama.cpp needs flash attention for a quantised V cache.
+    quantised = options.cache_type_v not in ("f32", "f16", "bf16")
+    if options.flash_attn == "on" or (options.flash_attn == "auto" and quantised):
+        arguments["flash_attn"] = True
+    for name, value in (("type_k", options.cache_type_k), ("type_v", options.cache_type_v)):
+        if value != "f16":
+            arguments[name] = KV_TYPES[value]
+    return arguments
+
+
+def _gpu_layers(text: str) -> int:
+    named = {"auto": 0, "all": -1}
+    if text in named:
+        return named[text]
+    if not text.removeprefix("-").isdecimal():
+        raise UsageError(f"-ngl {text}: must be a number, auto or all")
+    return int(text)
+
+
+def _text_or_file(text: str | None, file: Path | None) -> str:
+    return _contents(file) if file else text or ""
+
+
+def _contents(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read {path}: {reason}") from exc

@@ -1,0 +1,305 @@
+"""What a person reads on stderr; the answer itself, on stdout, is not written here."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .sizes import format_size
+
+if TYPE_CHECKING:
+    from .generate import Result, Sampling
+    from .layout import Layout
+    from .memory import MemoryPlan
+    from .verify import VerifyRow
+
+_GIB = 1 << 30
+_PROGRESS_INTERVAL_S = 10
+
+
+class Screen:
+    """Stderr: dim lines on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool = False, color: str = "auto", stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.quiet = quiet
+        self.terminal = self.stream.isatty()
+        wanted = self.terminal and "NO_COLOR" not in os.environ
+        self.color = color == "always" or (color == "auto" and wanted)
+
+    def say(self, *lines: str) -> None:
+        if self.quiet:
+            return
+        for line in lines:
+            print(f"\x1b[2m{line}\x1b[0m" if self.color else line, file=self.stream, flush=True)
+
+    def error(self, message: str, hint: str = "") -> None:
+        """Report an error in one line, also when quiet."""
+        one_line = " ".join(message.split())
+        label = "\x1b[31merror:\x1b[0m" if self.color else "error:"
+        print(f"hobbit: {label} {one_line}", file=self.stream)
+        if hint:
+            print(f"hint: {hint}", file=self.stream)
+        self.stream.flush()
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str, float], None]]:
+        """Show work that takes long: a bar on a terminal, elsewhere a line now and then."""
+        if self.quiet:
+            yield lambda stage, done: None
+        elif not self.terminal:
+            yield _SlowLines(self).report
+        else:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            console = Console(file=self.stream, no_color=not self.color)
+            with Progress(console=console, transient=True) as bar:
+                task = bar.add_task("", total=1.0)
+                yield lambda stage, done: bar.update(task, description=stage, completed=done)
+
+
+class _SlowLines:
+    """Progress for a log file: a line for each stage, then one every ten seconds."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._stage = ""
+        self._said_at = 0.0
+
+    def report(self, stage: str, done: float) -> None:
+        now = time.monotonic()
+        if stage == self._stage and now - self._said_at < _PROGRESS_INTERVAL_S:
+            return
+        self._screen.say(stage if stage != self._stage else f"{stage}: {100 * done:.0f} %")
+        self._stage, self._said_at = stage, now
+
+
+def banner(layout: Layout, plan: MemoryPlan, io: str, facts: str) -> list[str]:
+    """Return the three lines that say what runs, how, and on what."""
+    return [
+        model_line(layout),
+        f"mode: {mode(plan.mode)}   memory {memory_split(plan)}",
+        f"io: {io or 'none'}   {facts}",
+    ]
+
+
+def mode(name: str) -> str:
+    """Return the words for a plan's mode."""
+    return {
+        "streamed": "streamed, exact",
+        "resident-experts": "streamed once, then all experts resident, exact",
+        "resident": "resident (a dense model: plain llama.cpp)",
+    }[name]
+
+
+def model_line(layout: Layout) -> str:
+    """Name the model by architecture, parameters, quantisation, size and experts."""
+    gguf = layout.gguf
+    total = sum(math.prod(tensor.shape) for tensor in gguf.tensors.values())
+    idle = sum(
+        matrix.ne0 * matrix.ne1 * max(matrix.n_expert - layout.n_expert_used, 0)
+        for group in layout.groups
+        for matrix in group.matrices
+    )
+    bytes_of: Counter[str] = Counter()
+    for tensor in gguf.tensors.values():
+        bytes_of[tensor.type_name] += tensor.nbytes
+    quantisation = bytes_of.most_common(1)[0][0].upper() if bytes_of else ""
+    active = f"-A{_count(total - idle)}" if idle else ""
+    words = [gguf.arch, f"{_count(total)}{active}", quantisation, format_size(gguf.nbytes)]
+    return f"{' '.join(words)}, {_experts(layout)}"
+
+
+def _experts(layout: Layout) -> str:
+    blocks = layout.gguf.get(f"{layout.gguf.arch}.block_count", 0)
+    layers = len({group.layer for group in layout.groups})
+    if not layers:
+        return f"{blocks} layers, dense"
+    where = f"{layers}" if layers == blocks else f"{layers} of {blocks}"
+    counts = sorted({group.n_expert for group in layout.groups})
+    return f"{where} layers x {'/'.join(map(str, counts))} experts, top-{layout.n_expert_used}"
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            value = number / size
+            return f"{value:.0f}{letter}" if value >= 100 else f"{value:.1f}{letter}"
+    return str(number)
+
+
+def memory_split(plan: MemoryPlan) -> str:
+    """Return the plan on one line, rounded so that what is printed adds up to the cap."""
+    parts = [(line.name, line.bytes) for line in plan.lines]
+    parts.append(("spare", plan.spare_bytes))
+    large = plan.cap.bytes >= 4 * _GIB
+    unit, name = (_GIB // 10, "GiB") if large else (1 << 20, "MiB")
+    shown = dict(zip((n for n, _ in parts), _rounded([b for _, b in parts], unit), strict=True))
+    words = []
+    for part, units in shown.items():
+        if not units:
+            continue
+        share = f" = {100 * plan.cached_share:.0f} %" if part == "experts" else ""
+        words.append(f"{part} {_units(units, large)}{share}")
+    return f"{_units(sum(shown.values()), large)} {name} cap ({' + '.join(words)})"
+
+
+def _units(units: int, tenths: bool) -> str:
+    return f"{units / 10:.1f}" if tenths else str(units)
+
+
+def _rounded(sizes: list[int], unit: int) -> list[int]:
+    """Round to units so that the sum is the rounded sum: the largest remainders round up."""
+    floors = [size // unit for size in sizes]
+    short = round(sum(sizes) / unit) - sum(floors)
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(sizes[i] % unit))
+    for index in by_remainder[:short]:
+        floors[index] += 1
+    return floors
+
+
+def resident_lines(layout: Layout) -> list[str]:
+    """Say which expert tensors stay resident, one line a reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in layout.resident:
+        names.setdefault(reason, []).append(name)
+    return [
+        f"resident: {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}: {reason}"
+        for reason, of in names.items()
+    ]
+
+
+def stats_line(result: Result) -> str:
+    """Return the line that ends every run."""
+    stats = result.stats
+    prompt = f"{stats.tokens_prompt} tok prompt, {_rate(stats.prompt_tok_s)} tok/s"
+    first = f"first token {stats.ttft_s:.1f} s" if stats.ttft_s else "no token"
+    parts = [
+        f"{stats.tokens_generated} tok, {_rate(stats.tok_s)} tok/s, {first} ({prompt})",
+        f"mem {_of_cap(stats.peak_bytes, stats.cap_bytes)}",
+    ]
+    if stats.mode == "resident":
+        parts.append("resident")
+    else:
+        decode = result.decode if result.decode.hits + result.decode.misses else stats
+        parts.append("exact")
+        parts.append(f"hit {100 * decode.hit_rate:.0f} %")
+        parts.append(f"{decode.mib_per_token:.0f} MiB/tok")
+        parts.append(f"stall {100 * decode.stall_share:.0f} %")
+    if result.finish_reason == "cancelled":
+        parts.append("cancelled")
+    return f"[{' | '.join(parts)}]"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _of_cap(peak: int, cap: int) -> str:
+    if cap >= 4 * _GIB:
+        return f"{peak / _GIB:.1f}/{cap / _GIB:.1f} GiB"
+    return f"{peak >> 20}/{cap >> 20} MiB"
+
+
+def verbose_lines(result: Result, load_s: float) -> list[str]:
+    """Return ollama's eight lines, then the counters of the experts."""
+    stats = result.stats
+    rows = [
+        ("total duration", f"{load_s + stats.prompt_s + stats.decode_s:.2f} s"),
+        ("load duration", f"{load_s:.2f} s"),
+        ("prompt eval count", f"{stats.tokens_prompt} token(s)"),
+        ("prompt eval duration", f"{stats.prompt_s:.2f} s"),
+        ("prompt eval rate", f"{_rate(stats.prompt_tok_s)} tokens/s"),
+        ("eval count", f"{stats.tokens_generated} token(s)"),
+        ("eval duration", f"{stats.decode_s:.2f} s"),
+        ("eval rate", f"{_rate(stats.tok_s)} tokens/s"),
+    ]
+    if stats.mode != "resident":
+        rows += [
+            ("expert hits", f"{stats.hits} of {stats.hits + stats.misses}"),
+            ("expert evictions", f"{stats.evictions}"),
+            ("read", f"{format_size(stats.read_bytes)} ({stats.io})"),
+            ("waited for reads", f"{stats.stall_s:.2f} s of {stats.moe_s:.2f} s in experts"),
+        ]
+    return [f"{name + ':':<22}{value}" for name, value in rows]
+
+
+def run_report(
+    result: Result,
+    plan: dict[str, Any],
+    sampling: Sampling,
+    config: dict[str, Any],
+    load_s: float,
+) -> dict[str, Any]:
+    """Return what `--json` prints; `timings` has llama.cpp's keys."""
+    stats = result.stats
+    return {
+        "schema": "hobbit.run/1",
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "usage": {
+            "prompt_tokens": stats.tokens_prompt,
+            "completion_tokens": stats.tokens_generated,
+            "total_tokens": stats.tokens_prompt + stats.tokens_generated,
+        },
+        "timings": {
+            **_timings("prompt", stats.tokens_prompt, stats.prompt_s),
+            **_timings("predicted", stats.tokens_generated, stats.decode_s),
+            "load_ms": 1000 * load_s,
+            "first_token_ms": 1000 * stats.ttft_s,
+        },
+        "memory": {
+            "cap_bytes": stats.cap_bytes,
+            "peak_bytes": stats.peak_bytes,
+            "cache_bytes": stats.cache_bytes,
+        },
+        "experts": {
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "evictions": stats.evictions,
+            "hit_rate": stats.hit_rate,
+            "bytes_read": stats.read_bytes,
+            "mib_per_token": result.decode.mib_per_token,
+            "stall_s": stats.stall_s,
+            "stall_share": stats.stall_share,
+            "io": stats.io,
+        },
+        "mode": plan["mode"],
+        "config": config | {"seed": sampling.seed},
+        "plan": plan,
+    }
+
+
+def _timings(name: str, count: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": 1000 * seconds,
+        f"{name}_per_token_ms": 1000 * seconds / count if count else 0.0,
+        f"{name}_per_second": count / seconds if seconds > 0 else 0.0,
+    }
+
+
+def verify_lines(rows: Sequence[VerifyRow]) -> list[str]:
+    """Return one line for each cache size that was compared."""
+    lines = []
+    for row in rows:
+        size = f"{row.cache:<6}{format_size(row.bytes):>10}"
+        if row.skipped:
+            lines.append(f"{size}  skipped: {row.skipped}")
+            continue
+        counts = f"{row.misses} misses, {row.evictions} evictions"
+        if row.equal:
+            lines.append(f"{size}  identical logits   {counts}")
+        else:
+            lines.append(
+                f"{size}  DIFFERENT from {row.first_difference} on, "
+                f"by up to {row.max_abs_diff:.3g}   {counts}"
+            )
+    return lines

@@ -1,0 +1,83 @@
+"""What a run did: counters, and the rates that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+_COUNTERS = (
+    "tokens_prompt",
+    "tokens_generated",
+    "prompt_s",
+    "decode_s",
+    "hits",
+    "misses",
+    "evictions",
+    "read_bytes",
+    "stall_s",
+    "moe_s",
+)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters of a run; a hit or miss is one expert of one layer asked for once.
+
+    `stall_s` is the time in which computing waited for a read, `moe_s` all time in the experts.
+    """
+
+    tokens_prompt: int = 0
+    tokens_generated: int = 0
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    read_bytes: int = 0
+    stall_s: float = 0.0
+    moe_s: float = 0.0
+    io: str = ""
+    cap_bytes: int = 0
+    peak_bytes: int = 0
+    cache_bytes: int = 0
+    mode: str = "resident"
+
+    @property
+    def hit_rate(self) -> float:
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+    @property
+    def mib_per_token(self) -> float:
+        """MiB read for each token that was processed, of the prompt or generated."""
+        tokens = self.tokens_prompt + self.tokens_generated
+        return self.read_bytes / (1 << 20) / tokens if tokens else 0.0
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens_generated / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def prompt_tok_s(self) -> float:
+        return self.tokens_prompt / self.prompt_s if self.prompt_s > 0 else 0.0
+
+    @property
+    def stall_share(self) -> float:
+        total = self.prompt_s + self.decode_s
+        return min(self.stall_s / total, 1.0) if total > 0 else 0.0
+
+    def minus(self, earlier: Stats) -> Stats:
+        """Return what happened since `earlier`."""
+        since = {name: getattr(self, name) - getattr(earlier, name) for name in _COUNTERS}
+        return replace(self, **since)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return counters and rates as plain data."""
+        return asdict(self) | {
+            "hit_rate": self.hit_rate,
+            "mib_per_token": self.mib_per_token,
+            "tok_s": self.tok_s,
+            "prompt_tok_s": self.prompt_tok_s,
+            "stall_share": self.stall_share,
+        }

@@ -1,0 +1,240 @@
+"""The other arm of a comparison: plain llama-cpp-python, in a process that never loads hobbit.
+
+Run as a script it answers one JSON request a line on stdin with one JSON line on stdout. A child
+process of its own keeps hobbit's ggml device out of the stock arm's scheduler, gives its memory back
+before hobbit's arm starts, and survives a model that aborts llama.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as api
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both arms decode: random tokens, so that the routing varies, with every logit kept.
+
+    Each of `n_seq` sequences has its own tokens; they share every batch. The prompt is longer than
+    the ubatch, so that one decode call takes several.
+    """
+
+    n_prompt: int = 80
+    n_decode: int = 32
+    n_ubatch: int = 32
+    n_seq: int = 1
+    n_threads: int = 2
+    seed: int = 0
+
+    @property
+    def n_ctx(self) -> int:
+        """Return cells for every token of every sequence, with room for llama.cpp's rounding."""
+        return self.n_seq * -(-(self.n_prompt + self.n_decode + 1) // 256) * 256
+
+    def tokens(self, n_vocab: int) -> npt.NDArray[np.int32]:
+        """Return the tokens of all sequences, one row each."""
+        rng = np.random.default_rng(self.seed)
+        size = (self.n_seq, self.n_prompt + self.n_decode)
+        return rng.integers(0, n_vocab, size, dtype=np.int32)
+
+    def llama_arguments(self) -> dict[str, Any]:
+        """Return the constructor arguments that both arms share."""
+        return {
+            "n_ctx": self.n_ctx,
+            "n_batch": self.n_seq * self.n_prompt,
+            "n_ubatch": self.n_ubatch,
+            "n_threads": self.n_threads,
+            "n_threads_batch": self.n_threads,
+            "verbose": False,
+        }
+
+
+class DecodeFailed(RuntimeError):
+    """llama_decode returned an error; hobbit's reason, if any, is the model's last error."""
+
+
+def collect(llama: llama_cpp.Llama, job: Job) -> Logits:
+    """Decode the job on the model and return its logits: (position, sequence, vocabulary)."""
+    if job.n_seq == 1:
+        api.llama_memory_clear(api.llama_get_memory(llama._ctx.ctx), True)
+        return _decode(llama._ctx.ctx, llama.n_vocab(), job)
+    params = llama.context_params
+    before = params.n_seq_max
+    params.n_seq_max = job.n_seq
+    context = api.llama_init_from_model(llama._model.model, params)
+    params.n_seq_max = before
+    if not context:
+        raise DecodeFailed("llama.cpp could not make a context for several sequences")
+    try:
+        return _decode(context, llama.n_vocab(), job)
+    finally:
+        api.llama_free(context)
+
+
+def _decode(context: Any, n_vocab: int, job: Job) -> Logits:
+    tokens = job.tokens(n_vocab)
+    logits = np.empty((job.n_prompt + job.n_decode, job.n_seq, n_vocab), dtype=np.float32)
+    batch = api.llama_batch_init(job.n_prompt * job.n_seq, 0, 1)
+    try:
+        _step(context, batch, tokens, range(job.n_prompt), logits)
+        for position in range(job.n_prompt, job.n_prompt + job.n_decode):
+            _step(context, batch, tokens, range(position, position + 1), logits)
+    finally:
+        api.llama_batch_free(batch)
+    return logits
+
+
+def _step(
+    context: Any,
+    batch: Any,
+    tokens: npt.NDArray[np.int32],
+    positions: range,
+    logits: Logits,
+) -> None:
+    """Decode these positions of every sequence in one batch."""
+    order = [(seq, pos) for seq in range(len(tokens)) for pos in positions]
+    batch.n_tokens = len(order)
+    for i, (seq, pos) in enumerate(order):
+        batch.token[i] = int(tokens[seq, pos])
+        batch.pos[i] = pos
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = seq
+        batch.logits[i] = 1
+    status = api.llama_decode(context, batch)
+    if status != 0:
+        raise DecodeFailed(f"llama_decode returned {status} at position {positions.start}")
+    n_vocab = logits.shape[2]
+    for i, (seq, pos) in enumerate(order):
+        row = api.llama_get_logits_ith(context, i)
+        logits[pos, seq] = np.ctypeslib.as_array(row, shape=(n_vocab,))
+
+
+@contextlib.contextmanager
+def plain_llama(path: str, arguments: dict[str, Any]) -> Iterator[llama_cpp.Llama]:
+    """Open a model with llama-cpp-python's own class, changing one default of llama.cpp.
+
+    With `use_extra_bufts` llama.cpp repacks weights and, on a CPU with AMX, crashes in a batch;
+    hobbit leaves it off too, and Llama has no argument for it.
+    """
+    default_params = api.llama_model_default_params
+
+    def without_extra_buffers() -> Any:
+        params = default_params()
+        params.use_extra_bufts = False
+        return params
+
+    api.llama_model_default_params = without_extra_buffers
+    try:
+        llama = llama_cpp.Llama(path, **arguments)
+    finally:
+        api.llama_model_default_params = default_params
+    with contextlib.closing(llama):
+        yield llama
+
+
+class StockProcess:
+    """A child process that runs jobs on plain llama-cpp-python."""
+
+    def __init__(self) -> None:
+        # Not `-m hobbit.stock`: that would import the package, and with it the plugin.
+        code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", code, str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="hobbit-stock-")
+
+    def logits(self, path: Path | str, jobs: Sequence[Job], *, mmap: bool = True) -> list[Logits]:
+        """Return each job's logits; raise DecodeFailed when llama.cpp cannot load or decode."""
+        request = {
+            "path": str(path),
+            "jobs": [asdict(job) for job in jobs],
+            "mmap": mmap,
+            "out": self._folder.name,
+        }
+        assert self._child.stdin is not None and self._child.stdout is not None
+        try:
+            self._child.stdin.write(json.dumps(request) + "\n")
+            self._child.stdin.flush()
+            line = self._child.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise DecodeFailed(f"plain llama.cpp ended with status {self._child.wait()} on {path}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise DecodeFailed(answer["error"])
+        found = []
+        for name in answer["files"]:
+            found.append(np.load(name))
+            os.unlink(name)
+        return found
+
+    def close(self) -> None:
+        """End the child."""
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self._child.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> StockProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    files = []
+    for number, fields in enumerate(request["jobs"]):
+        job = Job(**fields)
+        arguments = job.llama_arguments() | {"use_mmap": request["mmap"]}
+        with plain_llama(request["path"], arguments) as llama:
+            name = os.path.join(request["out"], f"{number}.npy")
+            np.save(name, collect(llama, job))
+            files.append(name)
+    return {"files": files}
+
+
+def main(requests: IO[str], answers: IO[str]) -> None:
+    """Answer requests until the input ends."""
+    for line in requests:
+        try:
+            answer = _answer(json.loads(line))
+        except Exception as error:  # noqa: BLE001 - the parent decides what it means
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    # llama.cpp prints to stdout in places: keep the answers' pipe to ourselves.
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main(sys.stdin, pipe)

@@ -1,0 +1,196 @@
+"""A model whose experts stream: the native side's owner, and how llama.cpp is made to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import llama_cpp
+
+from . import _log, _native
+from ._native import check, error_buffer, ffi, lib
+from .errors import HobbitError, UnsupportedModelError
+from .layout import Layout
+from .memory import Pool
+
+Io = Literal["auto", "direct", "buffered"]
+
+_IO: dict[str, int] = {
+    "auto": lib.HOBBIT_IO_AUTO,
+    "direct": lib.HOBBIT_IO_DIRECT,
+    "buffered": lib.HOBBIT_IO_BUFFERED,
+}
+_SOURCE: dict[str, int] = {
+    "file": lib.HOBBIT_SOURCE_FILE,
+    "memory": lib.HOBBIT_SOURCE_MEMORY,
+    "hole": lib.HOBBIT_SOURCE_HOLE,
+}
+
+
+@dataclass(frozen=True)
+class ContextMemory:
+    """Bytes that llama.cpp allocates for a model and one context, experts not counted."""
+
+    dense: int
+    kv: int
+    compute: int
+
+
+class StreamedModel:
+    """Owns the native model of one layout. Close it after every llama_model loaded through it."""
+
+    def __init__(self, layout: Layout, io: Io = "auto", io_threads: int = 0) -> None:
+        self.layout = layout
+        self._buffer_type = ffi.NULL
+        self._handle = self._open(io, io_threads)
+        _native.register()
+
+    def _open(self, io: Io, io_threads: int) -> Any:
+        layout, keep = self.layout, []
+
+        def text(value: str) -> Any:
+            keep.append(ffi.new("char[]", value.encode()))
+            return keep[-1]
+
+        def data(value: bytes | None) -> Any:
+            keep.append(ffi.from_buffer(value or b""))
+            return keep[-1] if value else ffi.NULL
+
+        matrices = [matrix for group in layout.groups for matrix in group.matrices]
+        lists: dict[str, Sequence[dict[str, Any]]] = {
+            "files": [{"path": text(str(p.path)), "size": p.size} for p in layout.gguf.parts],
+            "groups": [{"layer": g.layer, "n_expert": g.n_expert} for g in layout.groups],
+            "matrices": [
+                {
+                    "name": text(m.name),
+                    "group": m.group,
+                    "file": m.part,
+                    "type": m.type,
+                    "ne0": m.ne0,
+                    "ne1": m.ne1,
+                    "offset": m.offset,
+                    "expert_bytes": m.expert_bytes,
+                }
+                for m in matrices
+            ],
+            "extents": [
+                {
+                    "offset": e.offset,
+                    "length": e.length,
+                    "source": _SOURCE[e.source],
+                    "file": e.part,
+                    "file_offset": e.file_offset,
+                    "data": data(e.data),
+                }
+                for e in layout.extents
+            ],
+        }
+        types = {"files": "file", "groups": "group", "matrices": "matrix", "extents": "extent"}
+        options = ffi.new("struct hobbit_options *", {"io": _IO[io], "io_threads": io_threads})
+        for name, values in lists.items():
+            keep.append(ffi.new(f"struct hobbit_{types[name]}[]", values))
+            setattr(options, name, keep[-1])
+            setattr(options, f"n_{name}", len(values))
+        out, error = ffi.new("struct hobbit_model **"), error_buffer()
+        check(lib.hobbit_model_open(options, out, error, len(error)), error)
+        return out[0]
+
+    def slot_bytes(self) -> list[int]:
+        """Bytes of one arena slot, for each group of the layout."""
+        return [lib.hobbit_model_slot_bytes(self._handle, g.index) for g in self.layout.groups]
+
+    def allocate(self, pools: Sequence[Pool]) -> None:
+        """Reserve the expert cache."""
+        pool_of_group = [0] * len(self.layout.groups)
+        for index, pool in enumerate(pools):
+            for group in pool.groups:
+                pool_of_group[group] = index
+        sizes = [{"n_slots": pool.slots, "slot_bytes": pool.slot_bytes} for pool in pools]
+        error = error_buffer()
+        status = lib.hobbit_model_allocate(
+            self._handle,
+            ffi.new("struct hobbit_pool[]", sizes),
+            len(pools),
+            ffi.new("int32_t[]", pool_of_group),
+            error,
+            len(error),
+        )
+        check(status, error)
+
+    def load(self, params: Any, verbose: bool) -> int:
+        """Load a llama_model through the stream that skips expert data; returns its address.
+
+        `params` is a llama_model_params; the fields that streaming decides are set in it.
+        """
+        if self._buffer_type == ffi.NULL:
+            self._buffer_type = lib.hobbit_buffer_type_new(self._handle)
+        patterns = [ffi.new("char[]", pattern.encode()) for pattern in self.layout.overrides]
+        overrides = ffi.new(
+            "struct hobbit_override[]",
+            [*((pattern, self._buffer_type) for pattern in patterns), (ffi.NULL, ffi.NULL)],
+        )
+        params.tensor_buft_overrides = _native.address(overrides)
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        params.lazy_mode = 0  # reading on demand needs mmap
+        params.use_extra_bufts = False  # repacked weights cannot be read from the file as they are
+        error = error_buffer()
+        stream = lib.hobbit_model_stream(self._handle, error, len(error))
+        if stream == ffi.NULL:
+            raise HobbitError(ffi.string(error).decode(errors="replace"))
+        try:
+            with _log.captured(verbose) as errors:
+                model = llama_cpp.llama_model_load_from_file_ptr(_native.address(stream), params)
+        finally:
+            lib.hobbit_stream_close(stream)
+            params.tensor_buft_overrides = None
+        if not model:
+            path = self.layout.gguf.parts[0].path
+            raise UnsupportedModelError(f"{path}: llama.cpp cannot load it: {_log.reason(errors)}")
+        return int(model)
+
+    def measure(self, model_params: Any, context_params: Any) -> ContextMemory:
+        """What the model and a context would allocate, without allocating it."""
+        params = type(model_params).from_buffer_copy(model_params)
+        params.no_alloc = True
+        model = self.load(params, verbose=False)
+        try:
+            with _log.captured(verbose=False) as errors:
+                context = llama_cpp.llama_init_from_model(model, context_params)
+            if not context:
+                path = self.layout.gguf.parts[0].path
+                why = _log.reason(errors)
+                raise UnsupportedModelError(f"{path}: llama.cpp cannot make a context: {why}")
+            out = ffi.new("struct hobbit_context_memory *")
+            lib.hobbit_context_memory(ffi.cast("struct llama_context *", context), out)
+            llama_cpp.llama_free(context)
+        finally:
+            llama_cpp.llama_model_free(model)
+        return ContextMemory(out.model_bytes, out.kv_bytes, out.compute_bytes)
+
+    def abort_callback(self) -> tuple[int, int]:
+        """Addresses of the ggml_abort_callback and its data for contexts of this model."""
+        return _native.address(lib.hobbit_abort_callback()), _native.address(self._handle)
+
+    def cancel(self, on: bool) -> None:
+        """Make running computations stop, until it is turned off again; from any thread."""
+        lib.hobbit_model_cancel(self._handle, on)
+
+    def take_error(self) -> str:
+        """The last failed read as a sentence, once; empty when there was none."""
+        error = error_buffer()
+        lib.hobbit_model_take_error(self._handle, error, len(error))
+        return str(ffi.string(error).decode(errors="replace"))
+
+    def counters(self) -> Any:
+        """A snapshot of the C struct hobbit_stats."""
+        out = ffi.new("struct hobbit_stats *")
+        lib.hobbit_model_stats(self._handle, out)
+        return out
+
+    def close(self) -> None:
+        """Join the reader threads and free the cache."""
+        handle, self._handle = self._handle, ffi.NULL
+        lib.hobbit_model_close(handle)
+        lib.hobbit_buffer_type_free(self._buffer_type)
+        self._buffer_type = ffi.NULL

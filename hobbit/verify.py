@@ -1,0 +1,124 @@
+"""Prove on a model that hobbit's logits are stock llama.cpp's, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .errors import ModelError, PlanError
+from .gguf_file import open_gguf
+from .layout import ExpertGroup, Layout, build_layout
+from .llama import Llama
+from .stock import DecodeFailed, Job, Logits, StockProcess, collect
+
+CACHES = ("floor", "layer", "half", "all")
+# Exit code of `hobbit verify` when a logit differs.
+EXIT_DIFFERENT = 6
+# What a slot may take beyond the expert itself: alignment for direct reads, for each of its matrices.
+_SLOT_PADDING = 4 * 2 * 4096
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One cache size against stock; `skipped` says why it could not run here."""
+
+    cache: str
+    bytes: int
+    prompt_equal: bool = False
+    decode_equal: bool = False
+    max_abs_diff: float = 0.0
+    misses: int = 0
+    evictions: int = 0
+    first_difference: str = ""
+    skipped: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Return whether nothing differed; a skipped row proves nothing and hides nothing."""
+        return bool(self.skipped) or (self.prompt_equal and self.decode_equal)
+
+
+def verify(
+    path: Path | str,
+    caches: Sequence[str] = CACHES,
+    *,
+    job: Job | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> list[VerifyRow]:
+    """Compare every logit of a prompt and of decoded tokens at each cache size.
+
+    Stock llama.cpp runs first, memory-mapped, in a child process that has ended before hobbit
+    loads the model: the two never need memory at the same time.
+    """
+    job = job or Job()
+    say = on_progress or (lambda text: None)
+    layout = build_layout(open_gguf(path))
+    if not layout.groups:
+        caches = ("all",)
+    say("stock llama.cpp")
+    try:
+        with StockProcess() as stock:
+            (expected,) = stock.logits(path, [job])
+    except DecodeFailed as error:
+        raise ModelError(f"{path}: stock llama.cpp cannot run it here: {error}") from error
+    rows = []
+    for cache in caches:
+        say(f"hobbit, cache {cache}")
+        rows.append(_run(path, cache, cache_bytes(layout, cache), job, expected))
+    return rows
+
+
+def cache_bytes(layout: Layout, cache: str) -> int | str:
+    """Return the arena size that a name stands for: what `Llama(cache_bytes=)` takes."""
+    if cache == "floor":
+        return "floor"
+    sizes = [_with_padding(group) * group.n_expert for group in layout.groups]
+    if cache == "layer":
+        return max(sizes, default=0)
+    return sum(sizes) if cache == "all" else layout.expert_bytes // 2
+
+
+def _with_padding(group: ExpertGroup) -> int:
+    return group.expert_bytes + _SLOT_PADDING
+
+
+def _run(path: Path | str, cache: str, size: int | str, job: Job, expected: Logits) -> VerifyRow:
+    try:
+        with _open(path, size, job) as llama:
+            found = collect(llama, job)
+            stats = llama.stats
+    except PlanError as error:
+        return VerifyRow(cache=cache, bytes=0, skipped=str(error))
+    row = VerifyRow(cache, stats.cache_bytes, misses=stats.misses, evictions=stats.evictions)
+    return compare(row, expected, found, job.n_prompt)
+
+
+@contextlib.contextmanager
+def _open(path: Path | str, size: int | str, job: Job) -> Iterator[Llama]:
+    with contextlib.closing(Llama(str(path), cache_bytes=size, **job.llama_arguments())) as llama:
+        yield llama
+
+
+def compare(row: VerifyRow, expected: Logits, found: Logits, n_prompt: int) -> VerifyRow:
+    """Fill in a row from both arms' logits, compared as bits: -0.0 is not 0.0, NaN is NaN."""
+    same = (expected.view(np.uint32) == found.view(np.uint32)).all(axis=2)
+    different = np.argwhere(~same)
+    first = ""
+    if len(different):
+        position, sequence = (int(i) for i in different[0])
+        part = "prompt" if position < n_prompt else "decoded"
+        number = position if position < n_prompt else position - n_prompt
+        first = f"{part} token {number}" + (f" of sequence {sequence}" if sequence else "")
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(expected.astype(np.float64) - found)
+    return replace(
+        row,
+        prompt_equal=bool(same[:n_prompt].all()),
+        decode_equal=bool(same[n_prompt:].all()),
+        max_abs_diff=float(np.nanmax(gap, initial=0.0)),
+        first_difference=first,
+    )

@@ -1,0 +1,46 @@
+"""Take llama.cpp's and ggml's headers, the internal ones too, out of llama-cpp-python's sdist.
+
+usage: fetch_headers.py VERSION FOLDER
+"""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+FOLDERS = ("ggml/include/", "ggml/src/", "include/", "src/")
+
+
+def download(version: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", "llama-cpp-python", "--no-build-isolation", "--dest", str(folder)]
+    if subprocess.run([*command, f"llama-cpp-python=={version}"], stdout=sys.stderr).returncode != 0:
+        sys.exit(f"the sdist of llama-cpp-python {version}, whose headers are needed, cannot be downloaded by pip")
+    return next(folder.glob("*.tar.gz"))
+
+
+def extract(sdist: Path, target: Path) -> None:
+    """Only headers, only from llama.cpp's own folders: nothing outside `target` can be written."""
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            _, found, path = member.name.partition("/vendor/llama.cpp/")
+            is_header = found and path.startswith(FOLDERS) and path.endswith(".h") and ".." not in path
+            source = archive.extractfile(member) if is_header else None
+            if source is not None:
+                out = target / path
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with source, out.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+
+
+def main(version: str, target: Path) -> None:
+    if (target / "ggml/src/ggml-backend-impl.h").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        extract(download(version, Path(folder)), target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

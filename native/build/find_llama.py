@@ -1,0 +1,23 @@
+"""Print the folder of llama-cpp-python's libraries, which must be of the one release we are built for."""
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def main(wanted: str) -> None:
+    try:
+        found = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(f"hobbit is built against llama-cpp-python=={wanted}, which is not installed")
+    if found != wanted:
+        sys.exit(f"hobbit is built against llama-cpp-python=={wanted}; {found} is installed")
+    spec = importlib.util.find_spec("llama_cpp")  # found, not imported: its libraries need not load here
+    if spec is None or spec.origin is None:
+        sys.exit("llama-cpp-python is installed, but its package llama_cpp is not to be found")
+    print(Path(spec.origin).parent / "lib")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,141 @@
+#include "catalog.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Matrices start at multiples of this in a slot, for the sake of vector loads. */
+#define MATRIX_ALIGN 64u
+
+static uint64_t round_up(uint64_t n, uint64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+static enum hobbit_status open_files(struct hb_catalog *c, const struct hobbit_options *o, char *err, size_t err_len) {
+    c->files = calloc((size_t) o->n_files, sizeof *c->files);
+    c->paths = calloc((size_t) o->n_files, sizeof *c->paths);
+    if (c->files == NULL || c->paths == NULL) {
+        return HOBBIT_NOMEM;
+    }
+    for (; c->n_files < o->n_files; c->n_files++) {
+        const char *path = o->files[c->n_files].path;
+        int error = hb_file_open(&c->files[c->n_files], path, o->io != HOBBIT_IO_BUFFERED);
+        if (error != 0) {
+            snprintf(err, err_len, "cannot open %s: %s", path, strerror(error));
+            return HOBBIT_IO;
+        }
+        c->paths[c->n_files] = strdup(path);
+        if (c->paths[c->n_files] == NULL) {
+            hb_file_close(&c->files[c->n_files]);
+            return HOBBIT_NOMEM;
+        }
+        if (o->io == HOBBIT_IO_DIRECT && !c->files[c->n_files].direct) {
+            snprintf(err, err_len, "%s cannot be read directly on this file system: use --io auto or buffered", path);
+            c->n_files++;
+            return HOBBIT_UNSUPPORTED;
+        }
+    }
+    return HOBBIT_OK;
+}
+
+static bool within_file(const struct hobbit_matrix *m, int64_t n_expert, uint64_t file_size) {
+    uint64_t bytes;
+    return m->expert_bytes > 0 && m->ne0 > 0 && m->ne1 > 0 &&
+           !__builtin_mul_overflow(m->expert_bytes, (uint64_t) n_expert, &bytes) && bytes <= file_size &&
+           m->offset <= file_size - bytes;
+}
+
+static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_options *o) {
+    c->groups = calloc((size_t) o->n_groups, sizeof *c->groups);
+    if (c->groups == NULL) {
+        return HOBBIT_NOMEM;
+    }
+    for (; c->n_groups < o->n_groups; c->n_groups++) {
+        const struct hobbit_group *from = &o->groups[c->n_groups];
+        if (from->n_expert < 1) {
+            return HOBBIT_FORMAT;
+        }
+        c->groups[c->n_groups] = (struct hb_group) {.layer = from->layer, .n_expert = from->n_expert};
+    }
+    return HOBBIT_OK;
+}
+
+/* Lay the matrix out in its group's slot so that a direct read of any expert can write in place: file offset and
+ * slot offset agree modulo the file's alignment, with room for the aligned superset. */
+static void place(struct hb_group *group, struct hb_matrix *m, const struct hb_file *file) {
+    uint64_t align = file->align > MATRIX_ALIGN ? file->align : MATRIX_ALIGN;
+    m->bounce = file->direct && m->expert_bytes % file->align != 0;
+    uint64_t lead = m->bounce ? 0 : m->offset % file->align;
+    m->slot_offset = round_up(group->slot_bytes, align) + lead;
+    group->slot_bytes = round_up(m->slot_offset + m->expert_bytes, align);
+    group->expert_bytes += m->expert_bytes;
+    group->matrices[group->n_matrices++] = m;
+}
+
+static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit_options *o, char *err,
+                                       size_t err_len) {
+    c->matrices = calloc((size_t) o->n_matrices, sizeof *c->matrices);
+    if (c->matrices == NULL) {
+        return HOBBIT_NOMEM;
+    }
+    for (; c->n_matrices < o->n_matrices; c->n_matrices++) {
+        const struct hobbit_matrix *from = &o->matrices[c->n_matrices];
+        struct hb_matrix *m = &c->matrices[c->n_matrices];
+        if (from->group < 0 || from->group >= c->n_groups || from->file < 0 || from->file >= c->n_files ||
+            c->groups[from->group].n_matrices == HB_GROUP_MATRICES ||
+            !within_file(from, c->groups[from->group].n_expert, o->files[from->file].size)) {
+            snprintf(err, err_len, "tensor %s does not lie within its file", from->name);
+            return HOBBIT_FORMAT;
+        }
+        *m = (struct hb_matrix) {.name = strdup(from->name), .group = from->group, .file = from->file,
+                                 .type = from->type, .ne0 = from->ne0, .ne1 = from->ne1, .offset = from->offset,
+                                 .expert_bytes = from->expert_bytes};
+        if (m->name == NULL) {
+            return HOBBIT_NOMEM;
+        }
+        place(&c->groups[m->group], m, &c->files[m->file]);
+    }
+    for (int32_t g = 0; g < c->n_groups; g++) {
+        /* Slots begin on pages, so that every offset above keeps its alignment in the arena. */
+        c->groups[g].slot_bytes = round_up(c->groups[g].slot_bytes, HB_PAGE);
+    }
+    return HOBBIT_OK;
+}
+
+enum hobbit_status hb_catalog_open(struct hb_catalog *c, const struct hobbit_options *o, char *err, size_t err_len) {
+    *c = (struct hb_catalog) {0};
+    enum hobbit_status status = open_files(c, o, err, err_len);
+    if (status == HOBBIT_OK) {
+        status = add_groups(c, o);
+    }
+    if (status == HOBBIT_OK) {
+        status = add_matrices(c, o, err, err_len);
+    }
+    if (status != HOBBIT_OK) {
+        hb_catalog_close(c);
+    }
+    return status;
+}
+
+void hb_catalog_close(struct hb_catalog *c) {
+    for (int32_t i = 0; i < c->n_files; i++) {
+        hb_file_close(&c->files[i]);
+        free(c->paths[i]);
+    }
+    for (int32_t i = 0; i < c->n_matrices; i++) {
+        free(c->matrices[i].name);
+    }
+    free(c->matrices);
+    free(c->groups);
+    free(c->files);
+    free(c->paths);
+    *c = (struct hb_catalog) {0};
+}
+
+const struct hb_matrix *hb_catalog_find(const struct hb_catalog *c, const char *name) {
+    for (int32_t i = 0; i < c->n_matrices; i++) {
+        if (strcmp(c->matrices[i].name, name) == 0) {
+            return &c->matrices[i];
+        }
+    }
+    return NULL;
+}

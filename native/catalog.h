@@ -1,0 +1,47 @@
+/* Where the experts' bytes are: in the files, and in a slot of the arena. Built once from a checked description,
+ * then read-only. */
+#ifndef HB_CATALOG_H
+#define HB_CATALOG_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "hobbit.h"
+#include "os.h"
+
+#define HB_GROUP_MATRICES 4
+
+struct hb_matrix {
+    char *name;
+    int32_t group, file, type;
+    int64_t ne0, ne1;
+    uint64_t offset;       /* of expert 0 in the file */
+    uint64_t expert_bytes; /* also the distance between experts in the file */
+    uint64_t slot_offset;  /* of the matrix within a slot */
+    bool bounce;           /* the distance between experts breaks the file's alignment */
+};
+
+struct hb_group {
+    int32_t layer, n_expert;
+    int32_t n_matrices;
+    struct hb_matrix *matrices[HB_GROUP_MATRICES];
+    uint64_t expert_bytes; /* of all matrices */
+    uint64_t slot_bytes;   /* expert_bytes plus padding */
+};
+
+struct hb_catalog {
+    int32_t n_files, n_matrices, n_groups;
+    char **paths;
+    struct hb_file *files;
+    struct hb_matrix *matrices;
+    struct hb_group *groups;
+};
+
+/* Opens the files. On failure everything is undone and `err` says why. */
+enum hobbit_status hb_catalog_open(struct hb_catalog *catalog, const struct hobbit_options *options, char *err,
+                                   size_t err_len);
+void hb_catalog_close(struct hb_catalog *catalog);
+/* NULL when no matrix has that name. */
+const struct hb_matrix *hb_catalog_find(const struct hb_catalog *catalog, const char *name);
+
+#endif

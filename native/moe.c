@@ -1,0 +1,241 @@
+#include "moe.h"
+
+#include <stdlib.h>
+
+#include "ggml-impl.h"
+#include "model.h"
+#include "replica.h"
+#include "routing.h"
+#include "segment.h"
+#include "shape.h"
+
+/* Above this, ggml's table of stack depth x pairs costs more than gathering does. */
+#define IN_PLACE_TABLE_ENTRIES ((int64_t) 4 << 20)
+
+enum { MISSING, LOADING, READY, DONE }; /* of an expert within a segment */
+
+struct hb_moe {
+    ggml_backend_t inner;
+    struct hb_routing routing;
+    struct hb_replicas replicas;
+    struct hb_block batch; /* pointers to the experts of one batch */
+};
+
+struct hb_moe *hb_moe_new(ggml_backend_t inner) {
+    struct hb_moe *moe = calloc(1, sizeof *moe);
+    if (moe != NULL) {
+        moe->inner = inner;
+    }
+    return moe;
+}
+
+void hb_moe_free(struct hb_moe *moe) {
+    if (moe != NULL) {
+        hb_block_free(&moe->routing.memory);
+        hb_block_free(&moe->batch);
+        hb_replicas_free(&moe->replicas);
+        free(moe);
+    }
+}
+
+bool hb_moe_supports(const struct ggml_tensor *op) {
+    return hb_shape_supports(op, hb_segment_is_streamed);
+}
+
+static enum ggml_status run(struct hb_moe *moe, const struct hb_segment *s, struct ggml_tensor **nodes, int n_nodes) {
+    struct ggml_cgraph graph = *s->graph; /* shares the use counts, which ggml's fusion asks for */
+    graph.nodes = nodes;
+    graph.n_nodes = n_nodes;
+    uint64_t start = hb_now_ns();
+    enum ggml_status status = ggml_backend_graph_compute(moe->inner, &graph);
+    if (s->model != NULL) {
+        atomic_fetch_add(&hb_model_counters(s->model)->compute_ns, hb_now_ns() - start);
+    }
+    return status;
+}
+
+/* The state of one segment's computation. */
+struct wave {
+    struct hb_moe *moe;
+    const struct hb_segment *segment;
+    int32_t next_missing; /* experts before it are cached, loading or done */
+    int32_t loading, ready, done;
+};
+
+static void look_up(struct wave *w) {
+    for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
+        struct hb_routed *e = &w->moe->routing.experts[i];
+        e->slot = hb_model_look_up(w->segment->model, w->segment->group, e->expert);
+        e->state = e->slot >= 0 ? READY : MISSING;
+        w->ready += e->slot >= 0;
+    }
+}
+
+/* Start as many reads as there are slots to be had. */
+static void fetch(struct wave *w) {
+    struct hb_routing *r = &w->moe->routing;
+    for (; w->next_missing < r->n_experts; w->next_missing++) {
+        struct hb_routed *e = &r->experts[w->next_missing];
+        if (e->state != MISSING) {
+            continue;
+        }
+        if (!hb_model_fetch(w->segment->model, w->segment->group, e->expert)) {
+            return;
+        }
+        e->state = LOADING;
+        w->loading++;
+    }
+}
+
+static struct hb_routed *find_routed(struct hb_routing *r, int32_t expert) {
+    int32_t low = 0, high = r->n_experts - 1;
+    while (low < high) {
+        int32_t middle = low + (high - low) / 2;
+        if (r->experts[middle].expert < expert) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return &r->experts[low];
+}
+
+/* Take in what has arrived; wait for something when nothing is ready to compute. False when a read failed. */
+static bool collect(struct wave *w) {
+    bool good = true;
+    while (w->loading > 0) {
+        struct hb_arrival a = hb_model_arrival(w->segment->model, w->ready == 0);
+        if (a.expert < 0) {
+            break;
+        }
+        struct hb_routed *e = find_routed(&w->moe->routing, a.expert);
+        w->loading--;
+        e->state = a.failed ? DONE : READY;
+        e->slot = a.slot;
+        w->ready += !a.failed;
+        good = good && !a.failed;
+    }
+    return good;
+}
+
+/* Ready experts for one batch, at least one of them. */
+static int choose_batch(struct wave *w, const struct hb_routed **experts) {
+    int64_t left = hb_replicas_batch_pairs(&w->moe->replicas);
+    int n = 0;
+    for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
+        const struct hb_routed *e = &w->moe->routing.experts[i];
+        if (e->state == READY && (n == 0 || e->n_pairs <= left)) {
+            left -= e->n_pairs;
+            experts[n++] = e;
+        }
+    }
+    return n;
+}
+
+static void release(struct wave *w, struct hb_routed *e) {
+    hb_model_release(w->segment->model, w->segment->group, e->expert);
+    e->state = DONE;
+    w->ready--;
+    w->done++;
+}
+
+static enum ggml_status compute_batch(struct wave *w) {
+    struct hb_moe *moe = w->moe;
+    const struct hb_routed **experts = (const struct hb_routed **) moe->batch.data;
+    int n = choose_batch(w, experts);
+    if (!hb_replicas_build(&moe->replicas, experts, n)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    enum ggml_status status = run(moe, w->segment, moe->replicas.nodes, moe->replicas.n_nodes);
+    if (status == GGML_STATUS_SUCCESS) {
+        hb_replicas_scatter(&moe->replicas, experts, n);
+    }
+    for (int i = 0; i < n; i++) {
+        release(w, find_routed(&moe->routing, experts[i]->expert));
+    }
+    return status;
+}
+
+/* After a failure nothing may be left pinned or under way. */
+static void drain(struct wave *w) {
+    while (w->loading > 0) {
+        w->ready = 0;
+        (void) collect(w);
+    }
+    for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
+        if (w->moe->routing.experts[i].state == READY) {
+            release(w, &w->moe->routing.experts[i]);
+        }
+    }
+}
+
+static enum ggml_status compute_in_batches(struct wave *w) {
+    struct hb_moe *moe = w->moe;
+    if (!hb_block_reserve(&moe->batch, (size_t) moe->routing.n_experts * sizeof(struct hb_routed *)) ||
+        !hb_replicas_keep_inputs(&moe->replicas)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    enum ggml_status status = GGML_STATUS_SUCCESS;
+    while (status == GGML_STATUS_SUCCESS && w->done < moe->routing.n_experts) {
+        fetch(w);
+        if (!collect(w) || w->ready == 0) {
+            status = GGML_STATUS_FAILED;
+        } else if (hb_model_cancelled(w->segment->model)) {
+            status = GGML_STATUS_ABORTED;
+        } else {
+            status = compute_batch(w);
+        }
+    }
+    return status;
+}
+
+/* All experts are cached: the segment's own nodes, with the weights pointing into the arena. */
+static bool fits_in_place(const struct hb_moe *moe, const struct hb_segment *s, struct hb_arena arena) {
+    return hb_model_home(s->model, s->group) >= 0 || arena.n_slots * moe->routing.n_pairs <= IN_PLACE_TABLE_ENTRIES;
+}
+
+static enum ggml_status compute_in_place(struct wave *w, struct hb_arena arena) {
+    struct hb_moe *moe = w->moe;
+    const struct hb_segment *s = w->segment;
+    int32_t home = hb_model_home(s->model, s->group);
+    int32_t n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert;
+    bool at_home = home >= 0;
+    if (!hb_replicas_in_place(&moe->replicas, at_home, at_home ? home : 0, at_home ? n_expert : arena.n_slots)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    return run(moe, s, moe->replicas.nodes, moe->replicas.n_nodes);
+}
+
+static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segment *s) {
+    int32_t n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert;
+    if (!hb_model_ready(s->model) || !hb_routing_read(&moe->routing, s->ids, n_expert)) {
+        return GGML_STATUS_FAILED;
+    }
+    struct hb_arena arena = hb_model_arena(s->model, s->group);
+    if (!hb_replicas_begin(&moe->replicas, s, &moe->routing, arena)) {
+        return GGML_STATUS_FAILED;
+    }
+    struct wave wave = {.moe = moe, .segment = s};
+    look_up(&wave);
+    bool cached = wave.ready == moe->routing.n_experts && fits_in_place(moe, s, arena);
+    enum ggml_status status = cached ? compute_in_place(&wave, arena) : compute_in_batches(&wave);
+    drain(&wave);
+    return status;
+}
+
+enum ggml_status hb_moe_compute(struct hb_moe *moe, const struct ggml_cgraph *graph) {
+    enum ggml_status status = GGML_STATUS_SUCCESS;
+    for (int begin = 0; status == GGML_STATUS_SUCCESS && begin < graph->n_nodes;) {
+        struct hb_segment s = hb_segment_next(graph, begin);
+        begin += s.n_nodes;
+        if (s.model == NULL) {
+            status = run(moe, &s, s.nodes, s.n_nodes);
+            continue;
+        }
+        hb_model_lock(s.model);
+        atomic_fetch_add(&hb_model_counters(s.model)->splits, 1);
+        status = compute_segment(moe, &s);
+        hb_model_unlock(s.model);
+    }
+    return status;
+}

@@ -1,0 +1,29 @@
+/* Computes a split: the expert part of a layer, with ggml's own kernels on streamed weights.
+ *
+ * A segment is computed in place when all its experts are cached, or else in batches of those experts that are in
+ * memory: the hits first, while the misses are read, then the arrivals. A row of the result depends on its own
+ * (token, expert) pair only, and all rows of one expert are computed together, so the grouping does not change a
+ * bit of it.
+ *
+ * A workspace belongs to one llama_context; the model's lock serialises the workspaces on one model.
+ */
+#ifndef HB_MOE_H
+#define HB_MOE_H
+
+#include <stdbool.h>
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+struct ggml_cgraph;
+struct hb_moe;
+
+/* Whether we compute this operation: the single statement of what a split may hold. */
+bool hb_moe_supports(const struct ggml_tensor *op);
+
+/* `inner` does the computing, on host memory; it stays the caller's. NULL when memory is short. */
+struct hb_moe *hb_moe_new(ggml_backend_t inner);
+void hb_moe_free(struct hb_moe *moe);
+enum ggml_status hb_moe_compute(struct hb_moe *moe, const struct ggml_cgraph *graph);
+
+#endif

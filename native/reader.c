@@ -1,0 +1,191 @@
+#include "reader.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Large enough for a disk's full speed, small enough that several threads share one expert. */
+#define BLOCK ((size_t) 2 << 20)
+#define BOUNCE_BYTES (BLOCK + 2 * HB_PAGE)
+
+struct hb_reader {
+    pthread_mutex_t lock; /* guards everything below but the threads; never held over I/O */
+    pthread_cond_t work, done;
+    struct hb_job *queue_head, *queue_tail;    /* jobs with blocks not yet taken */
+    struct hb_job *finished_head, *finished_tail;
+    int32_t under_way; /* submitted and not yet collected */
+    bool stopping;
+    uint64_t bytes, calls;
+    int32_t n_threads;
+    pthread_t threads[];
+};
+
+struct block {
+    struct hb_job *job;
+    const struct hb_piece *piece;
+    size_t position, length;
+};
+
+static void append(struct hb_job **head, struct hb_job **tail, struct hb_job *job) {
+    job->next = NULL;
+    if (*head == NULL) {
+        *head = job;
+    } else {
+        (*tail)->next = job;
+    }
+    *tail = job;
+}
+
+/* Caller holds the lock and the queue is not empty. Block boundaries fall on aligned file offsets, so that
+ * neighbouring direct reads of one piece do not overlap in memory. */
+static struct block take_block(struct hb_reader *r) {
+    struct hb_job *job = r->queue_head;
+    const struct hb_piece *piece = &job->pieces[job->piece];
+    size_t to_boundary = BLOCK - (size_t) ((piece->offset + job->position) % HB_PAGE);
+    size_t left = piece->length - job->position;
+    struct block block = {job, piece, job->position, left < to_boundary ? left : to_boundary};
+    job->position += block.length;
+    job->blocks_pending++;
+    if (job->position == piece->length) {
+        job->position = 0;
+        job->piece++;
+    }
+    if (job->piece == job->n_pieces) {
+        r->queue_head = job->next;
+    }
+    return block;
+}
+
+/* Returns 0, an errno value or HB_SHORT_READ. */
+static int read_block(const struct block *b, char *bounce) {
+    const struct hb_piece *piece = b->piece;
+    const struct hb_file *file = piece->file;
+    uint64_t offset = piece->offset + b->position;
+    char *dst = piece->dst + b->position;
+    size_t lead = (size_t) (offset % file->align);
+    size_t span = (lead + b->length + file->align - 1) / file->align * file->align;
+    char *target = piece->bounce ? bounce : dst - lead;
+    size_t got = 0;
+    int error = hb_file_read(file, target, span, offset - lead, &got);
+    if (error != 0) {
+        return error;
+    }
+    if (got < lead + b->length) {
+        return HB_SHORT_READ;
+    }
+    if (piece->bounce) {
+        memcpy(dst, bounce + lead, b->length);
+    }
+    return 0;
+}
+
+static void finish_block(struct hb_reader *r, const struct block *b, int error) {
+    struct hb_job *job = b->job;
+    if (error != 0 && job->error == 0) {
+        job->error = error;
+        job->error_file = b->piece->file_index;
+        job->error_offset = b->piece->offset + b->position;
+    }
+    r->bytes += error == 0 ? b->length : 0;
+    r->calls++;
+    if (--job->blocks_pending == 0 && job->piece == job->n_pieces) {
+        append(&r->finished_head, &r->finished_tail, job);
+        pthread_cond_signal(&r->done);
+    }
+}
+
+static void *worker(void *argument) {
+    struct hb_reader *r = argument;
+    void *bounce = NULL;
+    if (posix_memalign(&bounce, HB_PAGE, BOUNCE_BYTES) != 0) {
+        bounce = NULL;
+    }
+    pthread_mutex_lock(&r->lock);
+    for (;;) {
+        while (r->queue_head == NULL && !r->stopping) {
+            pthread_cond_wait(&r->work, &r->lock);
+        }
+        if (r->queue_head == NULL) {
+            break;
+        }
+        struct block block = take_block(r);
+        pthread_mutex_unlock(&r->lock);
+        int error = block.piece->bounce && bounce == NULL ? ENOMEM : read_block(&block, bounce);
+        pthread_mutex_lock(&r->lock);
+        finish_block(r, &block, error);
+    }
+    pthread_mutex_unlock(&r->lock);
+    free(bounce);
+    return NULL;
+}
+
+int hb_reader_open(struct hb_reader **out, int threads) {
+    struct hb_reader *r = calloc(1, sizeof *r + (size_t) threads * sizeof r->threads[0]);
+    if (r == NULL) {
+        return ENOMEM;
+    }
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_cond_init(&r->work, NULL);
+    pthread_cond_init(&r->done, NULL);
+    while (r->n_threads < threads) {
+        int error = pthread_create(&r->threads[r->n_threads], NULL, worker, r);
+        if (error != 0) {
+            hb_reader_close(r);
+            return error;
+        }
+        r->n_threads++;
+    }
+    *out = r;
+    return 0;
+}
+
+void hb_reader_close(struct hb_reader *r) {
+    if (r == NULL) {
+        return;
+    }
+    pthread_mutex_lock(&r->lock);
+    r->stopping = true;
+    pthread_cond_broadcast(&r->work);
+    pthread_mutex_unlock(&r->lock);
+    for (int32_t i = 0; i < r->n_threads; i++) {
+        pthread_join(r->threads[i], NULL);
+    }
+    pthread_cond_destroy(&r->done);
+    pthread_cond_destroy(&r->work);
+    pthread_mutex_destroy(&r->lock);
+    free(r);
+}
+
+void hb_reader_submit(struct hb_reader *r, struct hb_job *job) {
+    job->error = 0;
+    job->piece = 0;
+    job->position = 0;
+    job->blocks_pending = 0;
+    pthread_mutex_lock(&r->lock);
+    append(&r->queue_head, &r->queue_tail, job);
+    r->under_way++;
+    pthread_cond_broadcast(&r->work);
+    pthread_mutex_unlock(&r->lock);
+}
+
+struct hb_job *hb_reader_next(struct hb_reader *r, bool wait) {
+    pthread_mutex_lock(&r->lock);
+    while (wait && r->finished_head == NULL && r->under_way > 0) {
+        pthread_cond_wait(&r->done, &r->lock);
+    }
+    struct hb_job *job = r->finished_head;
+    if (job != NULL) {
+        r->finished_head = job->next;
+        r->under_way--;
+    }
+    pthread_mutex_unlock(&r->lock);
+    return job;
+}
+
+void hb_reader_counters(struct hb_reader *r, uint64_t *bytes, uint64_t *calls) {
+    pthread_mutex_lock(&r->lock);
+    *bytes = r->bytes;
+    *calls = r->calls;
+    pthread_mutex_unlock(&r->lock);
+}

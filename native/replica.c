@@ -1,0 +1,343 @@
+#include "replica.h"
+
+#include <string.h>
+
+#include "shape.h"
+
+#define BATCH_BYTES ((int64_t) 32 << 20)
+/* ggml's MUL_MAT_ID keeps a table of stack depth x pairs entries; the depth here is the number of slots. */
+#define ROW_TABLE_BYTES ((int64_t) 16 << 20)
+#define ROW_TABLE_ENTRY 8
+
+static struct ggml_tensor *new_tensor(struct hb_replicas *r, const struct ggml_tensor *like) {
+    struct ggml_tensor *t = &r->tensors[r->n_tensors++];
+    *t = *like;
+    t->buffer = NULL;
+    t->view_src = NULL;
+    t->view_offs = 0;
+    t->extra = NULL;
+    return t;
+}
+
+/* Rows of ne0 values of `bytes` each, one a pair: [ne0, 1, n_pairs]. */
+static void set_rows(struct ggml_tensor *t, int64_t ne0, size_t bytes, int64_t n_pairs) {
+    size_t row = (size_t) ne0 * bytes;
+    t->ne[0] = ne0;
+    t->ne[1] = 1;
+    t->ne[2] = n_pairs;
+    t->ne[3] = 1;
+    t->nb[0] = bytes;
+    t->nb[1] = t->nb[2] = row;
+    t->nb[3] = row * (size_t) n_pairs;
+}
+
+static bool is_routing_operand(const struct ggml_tensor *node, int i) {
+    return (node->op == GGML_OP_MUL_MAT_ID && i != 1) || (node->op == GGML_OP_ADD_ID && i != 0);
+}
+
+static bool is_computed(const struct ggml_tensor *node) {
+    return !hb_shape_is_view(node);
+}
+
+/* The operand comes from within the segment, itself or as a view of one that does. */
+static bool is_internal(const struct hb_segment *s, const struct ggml_tensor *t) {
+    int i = hb_segment_find(s, hb_shape_is_row_view(t) ? t->src[0] : t);
+    return i >= 0 && is_computed(s->nodes[i]);
+}
+
+static bool overlaps(const struct ggml_tensor *a, const struct ggml_tensor *b) {
+    const char *a0 = a->data, *b0 = b->data;
+    return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
+}
+
+static bool is_overwritten(const struct hb_segment *s, const struct ggml_tensor *t) {
+    for (int i = 0; i < s->n_nodes; i++) {
+        if (s->escapes[i] && is_computed(s->nodes[i]) && overlaps(s->nodes[i], t)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static int find_input(const struct hb_replicas *r, const struct ggml_tensor *t) {
+    for (int i = 0; i < r->n_inputs; i++) {
+        if (r->inputs[i].tensor == t) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+static bool add_input(struct hb_replicas *r, const struct ggml_tensor *t) {
+    if (find_input(r, t) >= 0) {
+        return true;
+    }
+    if (r->n_inputs == HB_REPLICA_INPUTS) {
+        return false;
+    }
+    r->inputs[r->n_inputs].tensor = t;
+    r->inputs[r->n_inputs].data = t->data;
+    r->n_inputs++;
+    r->pair_bytes += (int64_t) hb_block_round((size_t) t->ne[0] * sizeof(float));
+    return true;
+}
+
+bool hb_replicas_keep_inputs(struct hb_replicas *r) {
+    size_t bytes = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1 && !hb_block_reserve(&r->kept, bytes)) {
+            return false;
+        }
+        for (int i = 0; i < r->n_inputs; i++) {
+            const struct ggml_tensor *t = r->inputs[i].tensor;
+            if (!is_overwritten(r->segment, t)) {
+                continue;
+            }
+            if (pass == 0) {
+                bytes += hb_block_round(ggml_nbytes(t));
+            } else {
+                r->inputs[i].data = memcpy(hb_block_take(&r->kept, ggml_nbytes(t)), t->data, ggml_nbytes(t));
+            }
+        }
+    }
+    return true;
+}
+
+bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *s, const struct hb_routing *routing,
+                       struct hb_arena arena) {
+    r->n_tensors = 0;
+    r->segment = s;
+    r->routing = routing;
+    r->arena = arena;
+    r->n_inputs = 0;
+    r->pair_bytes = 2 * (int64_t) sizeof(int32_t);
+    for (int i = 0; i < s->n_nodes; i++) {
+        const struct ggml_tensor *node = s->nodes[i];
+        if (!is_computed(node)) {
+            continue;
+        }
+        r->pair_bytes += (int64_t) hb_block_round((size_t) node->ne[0] * sizeof(float));
+        for (int j = 0; j < GGML_MAX_SRC; j++) {
+            const struct ggml_tensor *src = node->src[j];
+            if (src != NULL && !is_routing_operand(node, j) && !is_internal(s, src) && !add_input(r, src)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+int64_t hb_replicas_batch_pairs(const struct hb_replicas *r) {
+    int64_t by_rows = BATCH_BYTES / r->pair_bytes;
+    int64_t by_table = ROW_TABLE_BYTES / ROW_TABLE_ENTRY / r->arena.n_slots;
+    int64_t pairs = by_rows < by_table ? by_rows : by_table;
+    return pairs > 1 ? pairs : 1;
+}
+
+/* The matrix in all slots from first_slot on, as a stack for MUL_MAT_ID. */
+static struct ggml_tensor *stack_view(struct hb_replicas *r, const struct ggml_tensor *weights, int32_t first_slot,
+                                      int32_t depth) {
+    const struct hb_matrix *matrix = hb_segment_weight(weights)->matrix;
+    struct ggml_tensor *t = new_tensor(r, weights);
+    t->data = r->arena.base + (uint64_t) first_slot * r->arena.slot_bytes + matrix->slot_offset;
+    t->ne[2] = depth;
+    t->nb[2] = r->arena.slot_bytes;
+    t->nb[3] = r->arena.slot_bytes * (uint64_t) depth;
+    return t;
+}
+
+
+#define FOR_EACH_PAIR(experts, n_experts, e, i, at)                \
+    for (int e = 0, at = 0; e < (n_experts); e++)                  \
+        for (int32_t i = (experts)[e]->first; i < (experts)[e]->first + (experts)[e]->n_pairs; i++, at++)
+
+static int64_t count_pairs(const struct hb_routed *const *experts, int n_experts) {
+    int64_t n = 0;
+    for (int e = 0; e < n_experts; e++) {
+        n += experts[e]->n_pairs;
+    }
+    return n;
+}
+
+struct batch {
+    const struct hb_routed *const *experts;
+    int n_experts;
+    int64_t n_pairs;
+    int32_t first_slot, depth;
+    struct ggml_tensor *slot_ids, *expert_ids; /* I32 [1, n_pairs] */
+};
+
+static struct ggml_tensor *new_ids(struct hb_replicas *r, const struct batch *b) {
+    struct ggml_tensor *t = new_tensor(r, r->segment->ids);
+    t->op = GGML_OP_NONE;
+    memset(t->src, 0, sizeof t->src);
+    t->ne[0] = 1;
+    t->ne[1] = b->n_pairs;
+    t->ne[2] = t->ne[3] = 1;
+    t->nb[0] = t->nb[1] = sizeof(int32_t);
+    t->nb[2] = t->nb[3] = (size_t) b->n_pairs * sizeof(int32_t);
+    t->data = hb_block_take(&r->memory, t->nb[2]);
+    return t;
+}
+
+static void make_ids(struct hb_replicas *r, struct batch *b) {
+    b->slot_ids = new_ids(r, b);
+    b->expert_ids = new_ids(r, b);
+    int32_t *slots = b->slot_ids->data, *experts = b->expert_ids->data;
+    FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
+        slots[at] = b->experts[e]->slot - b->first_slot;
+        experts[at] = b->experts[e]->expert;
+    }
+}
+
+static struct ggml_tensor *gather(struct hb_replicas *r, const struct batch *b, const struct ggml_tensor *t) {
+    int index = find_input(r, t);
+    if (r->inputs[index].gathered != NULL) {
+        return r->inputs[index].gathered;
+    }
+    struct ggml_tensor *g = new_tensor(r, t);
+    const char *data = r->inputs[index].data;
+    size_t row = (size_t) t->ne[0] * sizeof(float);
+    g->op = GGML_OP_NONE;
+    memset(g->src, 0, sizeof g->src);
+    if (hb_shape_is_broadcast(t)) {
+        g->data = (char *) (uintptr_t) data;
+    } else {
+        set_rows(g, t->ne[0], sizeof(float), b->n_pairs);
+        g->data = hb_block_take(&r->memory, row * (size_t) b->n_pairs);
+        FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
+            memcpy((char *) g->data + (size_t) at * row,
+                   hb_shape_row(t, data, r->routing->n[i], r->routing->token[i]), row);
+        }
+    }
+    return r->inputs[index].gathered = g;
+}
+
+static struct ggml_tensor *row_view(struct hb_replicas *r, const struct ggml_tensor *view, int64_t n_pairs) {
+    const struct ggml_tensor *of = r->of_node[hb_segment_find(r->segment, view->src[0])];
+    struct ggml_tensor *t = new_tensor(r, view);
+    set_rows(t, view->ne[0], view->nb[0], n_pairs);
+    t->nb[1] = t->nb[2] = of->nb[2];
+    t->nb[3] = of->nb[3];
+    t->data = (char *) of->data + view->view_offs;
+    return t;
+}
+
+static struct ggml_tensor *operand(struct hb_replicas *r, const struct batch *b, const struct ggml_tensor *node,
+                                   int i) {
+    struct ggml_tensor *src = node->src[i];
+    if (node->op == GGML_OP_MUL_MAT_ID && i == 0) {
+        return stack_view(r, src, b->first_slot, b->depth);
+    }
+    if (node->op == GGML_OP_MUL_MAT_ID && i == 2) {
+        return b->slot_ids;
+    }
+    if (node->op == GGML_OP_ADD_ID && i > 0) {
+        return i == 1 ? src : b->expert_ids;
+    }
+    if (!is_internal(r->segment, src)) {
+        return gather(r, b, src);
+    }
+    return hb_shape_is_row_view(src) ? row_view(r, src, b->n_pairs) : r->of_node[hb_segment_find(r->segment, src)];
+}
+
+static void replicate(struct hb_replicas *r, const struct batch *b, int index) {
+    const struct ggml_tensor *node = r->segment->nodes[index];
+    struct ggml_tensor *t = new_tensor(r, node);
+    set_rows(t, node->ne[0], sizeof(float), b->n_pairs);
+    t->data = hb_block_take(&r->memory, t->nb[3]);
+    for (int i = 0; i < GGML_MAX_SRC && node->src[i] != NULL; i++) {
+        t->src[i] = operand(r, b, node, i);
+    }
+    r->of_node[index] = t;
+    r->nodes[r->n_nodes++] = t;
+}
+
+bool hb_replicas_build(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts) {
+    struct batch b = {.experts = experts, .n_experts = n_experts, .n_pairs = count_pairs(experts, n_experts)};
+    size_t slack = (size_t) (HB_SEGMENT_NODES + HB_REPLICA_INPUTS + 2) * HB_BLOCK_ALIGN;
+    if (!hb_block_reserve(&r->memory, (size_t) (r->pair_bytes * b.n_pairs) + slack)) {
+        return false;
+    }
+    r->n_tensors = r->n_nodes = 0;
+    for (int i = 0; i < r->n_inputs; i++) {
+        r->inputs[i].gathered = NULL;
+    }
+    int32_t last_slot = 0;
+    b.first_slot = r->arena.n_slots;
+    for (int e = 0; e < n_experts; e++) {
+        b.first_slot = experts[e]->slot < b.first_slot ? experts[e]->slot : b.first_slot;
+        last_slot = experts[e]->slot > last_slot ? experts[e]->slot : last_slot;
+    }
+    b.depth = last_slot - b.first_slot + 1;
+    make_ids(r, &b);
+    for (int i = 0; i < r->segment->n_nodes; i++) {
+        if (is_computed(r->segment->nodes[i])) {
+            replicate(r, &b, i);
+        }
+    }
+    return true;
+}
+
+void hb_replicas_scatter(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts) {
+    for (int k = 0; k < r->segment->n_nodes; k++) {
+        const struct ggml_tensor *node = r->segment->nodes[k];
+        if (!r->segment->escapes[k] || !is_computed(node)) {
+            continue;
+        }
+        const char *rows = r->of_node[k]->data;
+        size_t row = (size_t) node->ne[0] * sizeof(float);
+        FOR_EACH_PAIR(experts, n_experts, e, i, at) {
+            memcpy(hb_shape_row(node, node->data, r->routing->n[i], r->routing->token[i]), rows + (size_t) at * row,
+                   row);
+        }
+    }
+}
+
+/* ids [n_used, n_tokens] with slots in place of experts. */
+static struct ggml_tensor *slot_ids(struct hb_replicas *r, int32_t first_slot) {
+    const struct ggml_tensor *ids = r->segment->ids;
+    struct ggml_tensor *t = new_tensor(r, ids);
+    t->op = GGML_OP_NONE;
+    memset(t->src, 0, sizeof t->src);
+    t->nb[0] = sizeof(int32_t);
+    t->nb[1] = (size_t) ids->ne[0] * sizeof(int32_t);
+    t->nb[2] = t->nb[3] = (size_t) ids->ne[1] * t->nb[1];
+    if (!hb_block_reserve(&r->memory, hb_block_round(t->nb[2]))) {
+        return NULL;
+    }
+    int32_t *out = t->data = hb_block_take(&r->memory, t->nb[2]);
+    for (int32_t e = 0; e < r->routing->n_experts; e++) {
+        const struct hb_routed *expert = &r->routing->experts[e];
+        for (int32_t i = expert->first; i < expert->first + expert->n_pairs; i++) {
+            out[(int64_t) r->routing->token[i] * ids->ne[0] + r->routing->n[i]] = expert->slot - first_slot;
+        }
+    }
+    return t;
+}
+
+bool hb_replicas_in_place(struct hb_replicas *r, bool at_home, int32_t first_slot, int32_t depth) {
+    r->n_tensors = r->n_nodes = 0;
+    struct ggml_tensor *ids = at_home ? NULL : slot_ids(r, first_slot);
+    if (!at_home && ids == NULL) {
+        return false;
+    }
+    for (int i = 0; i < r->segment->n_nodes; i++) {
+        struct ggml_tensor *node = r->segment->nodes[i];
+        if (node->op == GGML_OP_MUL_MAT_ID) {
+            struct ggml_tensor *copy = new_tensor(r, node);
+            copy->src[0] = stack_view(r, node->src[0], first_slot, depth);
+            copy->src[2] = ids != NULL ? ids : node->src[2];
+            node = copy;
+        }
+        if (is_computed(node)) {
+            r->nodes[r->n_nodes++] = node;
+        }
+    }
+    return true;
+}
+
+void hb_replicas_free(struct hb_replicas *r) {
+    hb_block_free(&r->memory);
+    hb_block_free(&r->kept);
+}

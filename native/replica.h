@@ -1,0 +1,58 @@
+/* Copies of a segment's nodes over a chosen set of (token, expert) pairs.
+ *
+ * In a replica every pair is a token of its own with one expert: pair tensors become [d, 1, n_pairs], the weights
+ * a view of the arena whose depth is slots, ids slot numbers. Inputs from outside the segment are gathered a row a
+ * pair; the rows of nodes that escape the segment are scattered to where the real graph expects them.
+ */
+#ifndef HB_REPLICA_H
+#define HB_REPLICA_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "block.h"
+#include "model.h"
+#include "routing.h"
+#include "segment.h"
+
+#define HB_REPLICA_INPUTS 32
+
+struct hb_replicas {
+    const struct hb_segment *segment;
+    const struct hb_routing *routing;
+    struct hb_arena arena;
+    struct hb_block memory; /* rows, gathered inputs, ids of one batch */
+    struct hb_block kept;   /* inputs that an output of the segment would overwrite */
+    struct {
+        const struct ggml_tensor *tensor;
+        const char *data;            /* the tensor's, or the copy in `kept` */
+        struct ggml_tensor *gathered; /* of this batch, or NULL */
+    } inputs[HB_REPLICA_INPUTS];
+    int n_inputs;
+    int64_t pair_bytes; /* of memory, a pair */
+    struct ggml_tensor tensors[3 * HB_SEGMENT_NODES + HB_REPLICA_INPUTS];
+    int n_tensors;
+    struct ggml_tensor *of_node[HB_SEGMENT_NODES];
+    struct ggml_tensor *nodes[HB_SEGMENT_NODES]; /* what to compute */
+    int n_nodes;
+};
+
+/* Start a segment. False when memory is short or the segment is beyond our limits. */
+bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *segment, const struct hb_routing *routing,
+                       struct hb_arena arena);
+/* Before the first batch: copy the inputs that scattering the segment's outputs would overwrite. */
+bool hb_replicas_keep_inputs(struct hb_replicas *r);
+/* Most pairs a batch should have; one expert may have more. */
+int64_t hb_replicas_batch_pairs(const struct hb_replicas *r);
+/* Build r->nodes over all pairs of these experts, whose slots are set. False when memory is short. */
+bool hb_replicas_build(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts);
+/* After the nodes were computed: copy the rows that escape to the real tensors. */
+void hb_replicas_scatter(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts);
+
+/* Build r->nodes as the segment's own nodes, all experts being in slots first_slot .. first_slot + depth - 1. With
+ * `at_home`, expert e is in slot first_slot + e; else its slot is in the routing. False when memory is short. */
+bool hb_replicas_in_place(struct hb_replicas *r, bool at_home, int32_t first_slot, int32_t depth);
+
+void hb_replicas_free(struct hb_replicas *r);
+
+#endif

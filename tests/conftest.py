@@ -1,0 +1,36 @@
+"""What every test gets: an environment of its own, and no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+# Building the demo takes minutes, so it is shared between runs of the tests.
+_CACHE = os.environ.get("HOBBIT_TEST_CACHE") or str(Path.home() / ".cache" / "hobbit")
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the user's settings, home folder and colours from the tests."""
+    for name in [*os.environ]:
+        if name.startswith(("HOBBIT_", "LLAMA_", "GGML_", "HF_", "XDG_")):
+            monkeypatch.delenv(name)
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOBBIT_CACHE", _CACHE)
+    monkeypatch.setenv("TERM", "dumb")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that would open a connection."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a test tried to use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -1,0 +1,190 @@
+"""The gates: on every architecture, at every cache size, hobbit's logits are stock's, bit for bit.
+
+A gate also asserts that what it means to test happened: misses, evictions, and, when everything is
+cached, no reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from gates import JOB, Bench, assert_same, layout_of, opened, run
+
+from hobbit.stock import Job, Logits
+from hobbit.verify import CACHES
+
+SEVERAL = replace(JOB, n_seq=3, n_prompt=40, n_decode=16)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    made = Bench(tmp_path_factory.mktemp("models"))
+    yield made
+    made.close()
+
+
+def check(path: Path, expected: Logits, cache: str, job: Job = JOB, **arguments: object) -> None:
+    """Compare one cache size with stock, and check that the cache worked as its size says."""
+    n_experts = sum(group.n_expert for group in layout_of(path).groups)
+    assert n_experts, "nothing streams: the gate would prove nothing"
+    with opened(path, cache, job, **arguments) as llama:
+        assert llama.stats.read_bytes == 0, "loading read expert bytes"
+        assert_same(expected, run(llama, job), f"{path.name}, cache {cache}")
+        stats = llama.stats
+        # Random tokens reach most experts; routing that does not would make the gate weak.
+        assert stats.misses > n_experts // 2
+        if cache == "all":
+            assert stats.evictions == 0
+            assert stats.misses <= n_experts
+            assert_same(expected, run(llama, job), f"{path.name}, warm")
+            assert llama.stats.read_bytes == stats.read_bytes, "a warm full cache read again"
+            assert llama.stats.misses == stats.misses
+        else:
+            assert stats.evictions > 0
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_architecture(arch: str, bench: Bench) -> None:
+    path = bench.arch(arch)
+    expected = bench.stock(path)
+    for cache in CACHES:
+        check(path, expected, cache)
+
+
+@pytest.mark.parametrize("arch", [a for a in tiny.ARCHS if a not in tiny.ONE_SEQUENCE])
+def test_several_sequences(arch: str, bench: Bench) -> None:
+    path = bench.arch(arch)
+    check(path, bench.stock(path, SEVERAL), "floor", SEVERAL)
+
+
+@pytest.mark.parametrize("kind", tiny.TYPES)
+def test_expert_type(kind: str, bench: Bench) -> None:
+    """256-wide rows, which the k- and i-quants need."""
+    path = bench.arch("llama", expert_type=kind, n_embd=256, n_ff=256, n_layer=2, n_expert=4)
+    expected = bench.stock(path)
+    for cache in ("floor", "all"):
+        check(path, expected, cache)
+
+
+def mixed(name: str) -> str:
+    """Choose types as the *_K_M mixes do: some layers' down projections get more bits."""
+    layer = int(name.split(".")[1])
+    if "down" in name:
+        return ("Q6_K", "Q4_K", "Q5_K")[layer % 3]
+    return "Q3_K" if layer == 1 else "Q4_K"
+
+
+def with_fused_bias(shapes: tiny.Shapes) -> tiny.Shapes:
+    return {k: v for k, v in shapes.items() if not re.search(r"_shexp|_inp_shexp", k)}
+
+
+FEATURES = {
+    # A layer has one matrix for gate and up.
+    "fused": {"arch": "qwen3moe", "fused": True},
+    "fused-deepseek": {"arch": "deepseek2", "fused": True},
+    "fused-qwen35": {"arch": "qwen35moe", "fused": True, "expert_type": "Q4_0"},
+    # A factor for each expert, as NVFP4 files have.
+    "scales": {"arch": "qwen3moe", "scales": True},
+    "scales-fused": {"arch": "qwen3moe", "scales": True, "fused": True},
+    "scales-nvfp4": {"arch": "olmoe", "scales": True, "expert_type": "NVFP4"},
+    "biases-mxfp4": {"arch": "gpt-oss", "expert_type": "MXFP4"},
+    "biases-of-fused": {"arch": "gpt-oss", "expert_type": "F16", "n_expert": 32, "n_used": 4},
+    "top-1": {"arch": "llama", "n_used": 1},
+    "top-1-llama4": {"arch": "llama4", "n_expert": 16},
+    "every-expert": {"arch": "olmoe", "n_expert": 4, "n_used": 4},
+    "two-experts": {"arch": "llama", "n_expert": 2, "n_used": 1},
+    "many-experts": {
+        "arch": "qwen3moe", "n_expert": 128, "n_used": 8, "n_embd": 64, "n_ff": 64,
+        "expert_type": "Q4_0",
+    },
+    "more-experts": {
+        "arch": "deepseek2", "n_expert": 256, "n_used": 8, "n_embd": 64, "n_ff": 32,
+        "expert_type": "Q4_0", "dense_type": "F32",
+    },
+    "k-mix": {"arch": "qwen3moe", "expert_type": mixed, "n_embd": 256, "n_ff": 256},
+    # Experts that are no multiple of a sector: direct reads need a bounce buffer.
+    "odd-size": {"arch": "qwen3moe", "n_embd": 96, "n_ff": 160, "n_head": 3},
+    "odd-size-f16": {"arch": "olmoe", "n_embd": 96, "n_ff": 80, "n_head": 3, "expert_type": "F16"},
+    # 32 of k rows do not fill a block of the matrix product.
+    "narrow": {"arch": "qwen3moe", "n_ff": 32},
+    "aligned-4096": {"arch": "qwen3moe", "alignment": 4096},
+    "aligned-8": {"arch": "qwen3moe", "alignment": 8},
+    # A multi-token-prediction layer is in the file; llama.cpp does not load it.
+    "nextn": {"arch": "glm4moe", "n_layer": 4, "kv": {"glm4moe.nextn_predict_layers": 1}},
+    "groups-of-experts": {
+        "arch": "deepseek2", "n_expert": 16, "n_used": 4,
+        "kv": {"deepseek2.expert_group_count": 4, "deepseek2.expert_group_used_count": 2},
+    },
+    "no-routing-norm": {"arch": "deepseek2", "kv": {"deepseek2.expert_weights_norm": False}},
+    "tied-output": {
+        "arch": "olmoe",
+        "edit": lambda shapes: {k: v for k, v in shapes.items() if k != "output.weight"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(feature: str, bench: Bench) -> None:
+    path = bench.model(feature, lambda path: tiny.make(path, **FEATURES[feature]))
+    expected = bench.stock(path)
+    n_expert = max(group.n_expert for group in layout_of(path).groups)
+    # With top-k of k experts the floor holds a whole layer, which evicts all the same.
+    caches = ("floor", "half", "all") if n_expert > 2 else ("floor", "all")
+    for cache in caches:
+        check(path, expected, cache)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("arch", ["qwen3moe", "grovemoe"])
+def test_parts(arch: str, n: int, bench: Bench) -> None:
+    """A model in several files is the model in one."""
+    whole = bench.arch(arch)
+    first = bench.model(f"{arch}-{n}", lambda path: tiny.split(_copy(whole, path), n))
+    assert len(list(first.parent.glob(f"{arch}-{n}-split-*.gguf"))) == n
+    expected = bench.stock(whole)
+    assert_same(expected, bench.stock(first), "stock on parts")
+    for cache in ("floor", "half", "all"):
+        check(first, expected, cache)
+
+
+def _copy(source: Path, target: Path) -> Path:
+    target.write_bytes(source.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+@pytest.mark.parametrize("io_threads", [1, 3])
+@pytest.mark.parametrize("feature", ["aligned-4096", "odd-size"])
+def test_io(io: str, io_threads: int, feature: str, bench: Bench) -> None:
+    path = bench.model(feature, lambda path: tiny.make(path, **FEATURES[feature]))
+    check(path, bench.stock(path), "floor", io=io, io_threads=io_threads)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
+def test_threads(arch: str, n_threads: int, bench: Bench) -> None:
+    job = replace(JOB, n_threads=n_threads)
+    path = bench.arch(arch)
+    check(path, bench.stock(path, job), "half", job)
+
+
+@pytest.mark.parametrize(("n_prompt", "n_ubatch"), [(1, 1), (33, 32), (200, 128), (129, 256)])
+def test_batch_shapes(n_prompt: int, n_ubatch: int, bench: Bench) -> None:
+    job = replace(JOB, n_prompt=n_prompt, n_ubatch=n_ubatch)
+    path = bench.arch("olmoe")
+    check(path, bench.stock(path, job), "floor", job)
+
+
+@pytest.mark.parametrize("share", [3, 5, 9, 13])
+def test_odd_cache_sizes(share: int, bench: Bench) -> None:
+    """Between the named sizes: slots that are no multiple of anything."""
+    path = bench.arch("qwen3moe")
+    group = layout_of(path).groups[0]
+    with opened(path, share * (group.expert_bytes + 4096 * 6)) as llama:
+        assert_same(bench.stock(path), run(llama), f"{share} slots")
+        assert llama.stats.evictions > 0
