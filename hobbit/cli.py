@@ -26,7 +26,9 @@ import typer
 from .errors import HobbitError, ModelError, UsageError
 from .render import (
     Screen,
-    banner,
+    mode_line,
+    model_line,
+    private_stderr,
     resident_lines,
     run_report,
     stats_line,
@@ -35,8 +37,8 @@ from .render import (
 )
 
 if TYPE_CHECKING:
-    from .generate import Sampling
     from .llama import Llama
+    from .memory import MemoryPlan
     from .options import Options
 
 EXIT_DISK_FULL = 5
@@ -59,11 +61,13 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; no exception leaves here."""
     signal.signal(signal.SIGTERM, _on_sigterm)
-    try:
-        code = app(args=arguments, standalone_mode=False, prog_name="hobbit")
-        return code if isinstance(code, int) else 0
-    except BaseException as exc:  # the last resort: whatever it is, one line and an exit code
-        return _report(exc)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # it is a TextIOWrapper
+    with private_stderr():
+        try:
+            code = app(args=arguments, standalone_mode=False, prog_name="hobbit")
+            return code if isinstance(code, int) else 0
+        except BaseException as exc:  # the last resort: whatever it is, one line and an exit code
+            return _report(exc)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
@@ -293,16 +297,19 @@ def _run(options: Options) -> int:
         text = DEMO_PROMPT
         screen.say(f"no prompt given, so the demo is asked: {text}")
     start = time.monotonic()
-    with closing(_load(path, options)) as llm:
+    with closing(_load(path, options, screen)) as llm:
         load_s = time.monotonic() - start
-        _introduce(screen, llm, options, settings)
+        io = llm.stats.io or "none"
+        facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
+        screen.say(f"io: {io}   {facts}")
         chat = has_chat_template(llm) and not options.raw
         if system and not chat:
             screen.say("the system prompt is not used: there is no chat template, or --raw")
         whole = options.no_stream or options.json_output
         result = generate(llm, Prompt(text, system, chat), settings, _mute if whole else _print)
         if options.json_output:
-            report = run_report(result, llm.plan.to_dict(), settings, options.to_dict(), load_s)
+            config = options.to_dict() | {"model": str(path), "seed": settings.seed, "chat": chat}
+            report = run_report(result, llm.plan, config, load_s)
             _print(json.dumps(report, ensure_ascii=False))
         elif whole:
             _print(result.text)
@@ -313,27 +320,31 @@ def _run(options: Options) -> int:
     return 0 if result.signal is None else _signal_code(result.signal)
 
 
-def _load(path: Path, options: Options) -> Llama:
-    """Load the model in another thread, so that Ctrl-C is heard while llama.cpp reads it."""
+def _load(path: Path, options: Options, screen: Screen) -> Llama:
+    """Load the model, saying what it is and what its memory is for before it takes any.
+
+    It loads in another thread, so that Ctrl-C is heard while llama.cpp reads it.
+    """
     from .generate import interruptible
+    from .gguf_file import open_gguf
+    from .layout import build_layout
     from .options import model_arguments
 
     arguments = model_arguments(options)
+    layout = build_layout(open_gguf(path))
+    screen.say(model_line(layout), *resident_lines(layout))
+
+    def introduce(plan: MemoryPlan) -> None:
+        screen.say(mode_line(plan))
+        if options.verbose:
+            screen.say(plan.describe())
 
     def load() -> Llama:
         from .llama import Llama
 
-        return Llama(str(path), **arguments)
+        return Llama(str(path), on_plan=introduce, **arguments)
 
     return interruptible(load)
-
-
-def _introduce(screen: Screen, llm: Llama, options: Options, settings: Sampling) -> None:
-    threads = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
-    screen.say(*banner(llm.layout, llm.plan, llm.stats.io, threads))
-    screen.say(*resident_lines(llm.layout))
-    if options.verbose:
-        screen.say(llm.plan.describe())
 
 
 def _model_path(options: Options, screen: Screen) -> Path:

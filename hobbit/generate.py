@@ -68,6 +68,11 @@ class Result:
     decode: Stats
     signal: KeyboardInterrupt | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that were sampled: the first comes with the prompt, without its own decode."""
+        return self.stats.tokens_generated + (1 if self.stats.ttft_s else 0)
+
 
 @dataclass
 class _Run:

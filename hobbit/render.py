@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .sizes import format_size
 
 if TYPE_CHECKING:
-    from .generate import Result, Sampling
+    from .generate import Result
     from .layout import Layout
     from .memory import MemoryPlan
     from .verify import VerifyRow
@@ -23,11 +23,26 @@ _GIB = 1 << 30
 _PROGRESS_INTERVAL_S = 10
 
 
+_own_stderr: TextIO | None = None
+
+
+@contextmanager
+def private_stderr() -> Iterator[None]:
+    """Give screens a stderr of their own: llama-cpp-python closes the process's while it loads."""
+    global _own_stderr
+    with open(os.dup(2), "w", buffering=1, errors="backslashreplace") as stream:
+        _own_stderr = stream
+        try:
+            yield
+        finally:
+            _own_stderr = None
+
+
 class Screen:
     """Stderr: dim lines on a terminal, plain lines elsewhere, nothing when quiet."""
 
     def __init__(self, quiet: bool = False, color: str = "auto", stream: TextIO | None = None):
-        self.stream = stream or sys.stderr
+        self.stream = stream or _own_stderr or sys.stderr
         self.quiet = quiet
         self.terminal = self.stream.isatty()
         wanted = self.terminal and "NO_COLOR" not in os.environ
@@ -81,22 +96,16 @@ class _SlowLines:
         self._stage, self._said_at = stage, now
 
 
-def banner(layout: Layout, plan: MemoryPlan, io: str, facts: str) -> list[str]:
-    """Return the three lines that say what runs, how, and on what."""
-    return [
-        model_line(layout),
-        f"mode: {mode(plan.mode)}   memory {memory_split(plan)}",
-        f"io: {io or 'none'}   {facts}",
-    ]
+_MODES = {
+    "streamed": "streamed, exact",
+    "resident-experts": "all experts fit in the cache, exact",
+    "resident": "resident (nothing to stream: plain llama.cpp)",
+}
 
 
-def mode(name: str) -> str:
-    """Return the words for a plan's mode."""
-    return {
-        "streamed": "streamed, exact",
-        "resident-experts": "streamed once, then all experts resident, exact",
-        "resident": "resident (a dense model: plain llama.cpp)",
-    }[name]
+def mode_line(plan: MemoryPlan) -> str:
+    """Say how the model runs and what the memory is for."""
+    return f"mode: {_MODES[plan.mode]}   memory {memory_split(plan)}"
 
 
 def model_line(layout: Layout) -> str:
@@ -182,7 +191,7 @@ def stats_line(result: Result) -> str:
     prompt = f"{stats.tokens_prompt} tok prompt, {_rate(stats.prompt_tok_s)} tok/s"
     first = f"first token {stats.ttft_s:.1f} s" if stats.ttft_s else "no token"
     parts = [
-        f"{stats.tokens_generated} tok, {_rate(stats.tok_s)} tok/s, {first} ({prompt})",
+        f"{result.tokens} tok, {_rate(stats.tok_s)} tok/s, {first} ({prompt})",
         f"mem {_of_cap(stats.peak_bytes, stats.cap_bytes)}",
     ]
     if stats.mode == "resident":
@@ -233,8 +242,7 @@ def verbose_lines(result: Result, load_s: float) -> list[str]:
 
 def run_report(
     result: Result,
-    plan: dict[str, Any],
-    sampling: Sampling,
+    plan: MemoryPlan,
     config: dict[str, Any],
     load_s: float,
 ) -> dict[str, Any]:
@@ -246,8 +254,8 @@ def run_report(
         "finish_reason": result.finish_reason,
         "usage": {
             "prompt_tokens": stats.tokens_prompt,
-            "completion_tokens": stats.tokens_generated,
-            "total_tokens": stats.tokens_prompt + stats.tokens_generated,
+            "completion_tokens": result.tokens,
+            "total_tokens": stats.tokens_prompt + result.tokens,
         },
         "timings": {
             **_timings("prompt", stats.tokens_prompt, stats.prompt_s),
@@ -271,9 +279,9 @@ def run_report(
             "stall_share": stats.stall_share,
             "io": stats.io,
         },
-        "mode": plan["mode"],
-        "config": config | {"seed": sampling.seed},
-        "plan": plan,
+        "mode": plan.mode,
+        "config": config,
+        "plan": plan.to_dict(),
     }
 
 

@@ -200,15 +200,11 @@ static struct ggml_tensor *gather(struct hb_replicas *r, const struct batch *b, 
     size_t row = (size_t) t->ne[0] * sizeof(float);
     g->op = GGML_OP_NONE;
     memset(g->src, 0, sizeof g->src);
-    if (hb_shape_is_broadcast(t)) {
-        g->data = (char *) (uintptr_t) data;
-    } else {
-        set_rows(g, t->ne[0], sizeof(float), b->n_pairs);
-        g->data = hb_block_take(&r->memory, row * (size_t) b->n_pairs);
-        FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
-            memcpy((char *) g->data + (size_t) at * row,
-                   hb_shape_row(t, data, r->routing->n[i], r->routing->token[i]), row);
-        }
+    set_rows(g, t->ne[0], sizeof(float), b->n_pairs);
+    g->data = hb_block_take(&r->memory, row * (size_t) b->n_pairs);
+    FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
+        memcpy((char *) g->data + (size_t) at * row, hb_shape_row(t, data, r->routing->n[i], r->routing->token[i]),
+               row);
     }
     return r->inputs[index].gathered = g;
 }

@@ -15,10 +15,6 @@ bool hb_shape_is_row_view(const struct ggml_tensor *t) {
            t->view_offs + (size_t) t->ne[0] * t->nb[0] <= of->nb[1];
 }
 
-bool hb_shape_is_broadcast(const struct ggml_tensor *t) {
-    return t->ne[1] == 1 && t->ne[2] == 1 && t->ne[3] == 1;
-}
-
 char *hb_shape_row(const struct ggml_tensor *t, const char *data, int64_t n, int64_t token) {
     size_t offset = (size_t) (t->ne[1] == 1 ? 0 : n) * t->nb[1] + (size_t) (t->ne[2] == 1 ? 0 : token) * t->nb[2];
     return (char *) (uintptr_t) data + offset;

@@ -17,8 +17,6 @@ bool hb_shape_is_view(const struct ggml_tensor *t);
 bool hb_shape_supports(const struct ggml_tensor *op, hb_is_streamed *is_streamed);
 /* A view of whole rows of a pair tensor that keeps the pair dimensions, as the halves of a fused gate_up do. */
 bool hb_shape_is_row_view(const struct ggml_tensor *t);
-/* The same row for every pair. */
-bool hb_shape_is_broadcast(const struct ggml_tensor *t);
 /* The row of a pair tensor (broadcast dimensions allowed) for the token's n-th expert. */
 char *hb_shape_row(const struct ggml_tensor *t, const char *data, int64_t n, int64_t token);
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "scripts" / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "bench"))
 
 import benchmodels
 import cgroup
 import first_light
 
 from hobbit.errors import HobbitError
+
+BENCH = Path(first_light.__file__).parent
 
 
 @pytest.fixture(scope="module")

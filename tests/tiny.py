@@ -51,14 +51,14 @@ class U64(int):
 
 # Every architecture with routed experts that decodes causally. Left out: llada-moe and rnd1
 # (diffusion models: llama.cpp refuses a prompt longer than the ubatch), nomic-bert-moe (an
-# encoder), graniteswitch (needs adapters).
+# encoder), graniteswitch (needs adapters), refact (its graph never uses the experts it loads).
 ARCHS = _words("""
     afmoe arctic bailingmoe bailingmoe2 bailingmoe3 cohere2moe dbrx deepseek deepseek2
     deepseek32 deepseek4 dots1 dots3note ernie4_5-moe exaone-moe gemma4 glm-dsa glm4moe
     glm5-next gpt-oss granite granite_swa granitehybrid granitemoe grok grovemoe hunyuan-moe
     hy_v3 hy_v4 jamba kimi-k3 kimi-linear laguna lfm2moe llama llama4 maple mellum mimo2 minicpm
     minimax-01 minimax-m2 minimax-m3 mistral3 mistral4 nemotron_h_moe olmoe phimoe qwen2moe
-    qwen35moe qwen3moe qwen3next qwen3vlmoe qwen4exp refact smallthinker step35
+    qwen35moe qwen3moe qwen3next qwen3vlmoe qwen4exp smallthinker step35
 """)
 
 # Every type that llama.cpp multiplies by.

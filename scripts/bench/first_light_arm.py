@@ -47,7 +47,7 @@ class Job:
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     if job.engine == "hobbit":
-        import_module("hobbit")  # not part of loading a model
+        import_module("hobbit.llama")  # not part of loading a model
     before = bytes_read()
     start = time.perf_counter()
     with open_model(job) as llm:

@@ -2,8 +2,8 @@
 
 usage: python corpus.py WORK
 
-Writes WORK/tokens.npz: for each domain `<domain>.train` and `<domain>.held`, where the held-out part
-is the last tenth of the text. Only what is learned from the texts is kept in the repository.
+Writes WORK/tokens.npz: for each domain `<domain>.train` and `<domain>.held`, which is from the last
+tenth of the text. Only what is learned from the texts is kept in the repository.
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 usage: python distil.py WORK SOURCE.gguf MINUTES
 
-Loss: KL divergence of the logits, plus the distance of the normalised residual streams, plus a little
-load balancing. Reads WORK/split.pt, writes WORK/distilled.pt (also every 50 steps).
+Loss: KL divergence of the logits, plus the distance of the normalised residual streams, plus a
+little load balancing. Reads WORK/split.pt, writes WORK/distilled.pt (also every 20 steps).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from model import Dense, Split, balance_loss, residuals, rms_norm
 from torch import Tensor
 
-from model import Dense, Split, balance_loss, residuals, rms_norm
-
 LENGTH, BATCH = 256, 4
-RATE = float(os.environ.get("RATE", 1e-3))
+RATE = 2e-3
 HIDDEN_SHARE = 1.0
 BALANCE_SHARE = 0.01
 
@@ -80,37 +78,38 @@ def step(split: Split, ids: Tensor) -> dict[str, float]:
     return {"kl": divergence, "hidden": hidden.item(), "balance": balance.item(), "top": top.item()}
 
 
-def main(work: Path, source: Path, minutes: float) -> None:
-    torch.manual_seed(1)
-    split = Split(
-        Dense.load(source), torch.load(work / os.environ.get("IN", "split.pt"), weights_only=False)
-    )
-    out = work / os.environ.get("OUT", "distilled.pt")
+def train(split: Split, work: Path, out: Path, seconds: float) -> None:
+    """Take steps for as long as there is time, the rate falling to nothing along a cosine."""
     parameters = list(split.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    start = time.monotonic()
+    began = time.monotonic()
     seen: list[dict[str, float]] = []
     for ids in batches(work):
-        done = (time.monotonic() - start) / (60 * minutes)
+        done = (time.monotonic() - began) / seconds
         if done >= 1:
             break
         warm = min(1, (len(seen) + 1) / 10)
         for group in optimiser.param_groups:
             group["lr"] = RATE * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
         seen.append(step(split, ids))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
         if len(seen) % 5 == 0:
-            mean = {k: round(float(np.mean([s[k] for s in seen[-5:]])), 4) for k in seen[0]}
-            print(
-                f"{len(seen)} {mean} norm {norm:.2f} {time.monotonic() - start:.0f} s", flush=True
-            )
+            means = (f"{k} {np.mean([s[k] for s in seen[-5:]]):.4f}" for k in seen[0])
+            print(f"step {len(seen)}:", *means, f"{done * seconds:.0f} s", flush=True)
         if len(seen) % 20 == 0:
             torch.save(list(split.experts), out)
-    torch.save(list(split.experts), out)
+
+
+def main(work: Path, source: Path, minutes: float) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    experts = torch.load(work / "split.pt", weights_only=False)
+    split = Split(Dense.load(source), experts)
+    train(split, work, work / "distilled.pt", minutes * 60)
+    torch.save(list(split.experts), work / "distilled.pt")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

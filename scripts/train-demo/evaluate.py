@@ -2,7 +2,8 @@
 
 usage: python evaluate.py WORK [MODEL.gguf]
 
-Perplexity: 4 windows of 512 held-out tokens per domain, through llama.cpp. Routing: the same windows.
+Perplexity: 4 windows of 512 held-out tokens per domain, through llama.cpp. The routing is that of
+the same windows.
 """
 
 from __future__ import annotations
@@ -134,21 +135,15 @@ def print_routing(probability: Array) -> None:
     load = used.mean((0, 2)) / 2
     reuse = (used[:, :, 1:] * used[:, :, :-1]).sum(-1).mean() / 2
     chance = 2 * np.square(load).sum(-1).mean()
-    hits = [
-        np.mean([cached_share(c, s) for w in chosen for c in w])
-        for s in (2, experts // 4, experts // 2)
-    ]
-    quantiles = np.quantile(first, (0.1, 0.5, 0.9))
-    print(
-        f"load of a layer's least, most used expert (mean): {load.min(1).mean():.3f}, {load.max(1).mean():.3f}"
-    )
-    print(f"load, extremes: {load.min():.3f}, {load.max():.3f} (uniform {1 / experts:.3f})")
-    print(f"top-1 weight: mean {first.mean():.3f}, q10, q50, q90", *(f"{q:.3f}" for q in quantiles))
-    print(f"experts shared with the token before: {reuse:.3f} (independent draws {chance:.3f})")
-    print(
-        f"LRU hits with 2, {experts // 4}, {experts // 2} of {experts} slots:",
-        *(f"{h:.3f}" for h in hits),
-    )
+    low, middle, high = np.quantile(first, (0.1, 0.5, 0.9))
+    least, most = load.min(1), load.max(1)
+    print(f"load of a layer's least and most used expert: {least.mean():.3f}, {most.mean():.3f}")
+    print(f"the same, extremes: {least.min():.3f}, {most.max():.3f} (even: {1 / experts:.3f})")
+    print(f"top-1 weight: mean {first.mean():.3f}, q10 {low:.3f}, q50 {middle:.3f}, q90 {high:.3f}")
+    print(f"experts kept from the token before: {reuse:.3f} (independent draws: {chance:.3f})")
+    for slots in (2, experts // 4, experts // 2):
+        hits = np.mean([cached_share(layer, slots) for window in chosen for layer in window])
+        print(f"LRU hits, {slots} of {experts} cached: {hits:.3f}")
 
 
 def main(work: Path, path: Path) -> None:

@@ -79,9 +79,10 @@ class Dense:
 class Expert(torch.nn.Module):
     """What is learned for one layer: a router, and how each expert differs from its dense neurons.
 
-    `member` says which neurons an expert holds (the last row is the shared expert), `scale` rescales
-    their down columns, and `inner`, `outer` are the factors of a low-rank addition to the down matrix.
-    Parameters are kept in units of the calibration statistics, so that one learning rate suits all.
+    `member` says which neurons an expert holds (the last row is the shared expert), `scale`
+    rescales their down columns, and `inner`, `outer` are the factors of a low-rank addition to the
+    down matrix. Parameters are kept in units of the calibration statistics, so that one learning
+    rate suits all.
     """
 
     def __init__(self, member: Tensor, rank: int, spread: dict[str, Tensor]) -> None:
@@ -111,9 +112,7 @@ class Expert(torch.nn.Module):
     def route(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Return all experts' probabilities and the weights of the chosen ones, 0 elsewhere."""
         probability = F.linear(n.float(), self.routing_matrix()).softmax(-1)
-        top, chosen = probability.topk(TOP, -1)
-        top = top / top.sum(-1, keepdim=True)
-        return probability, torch.zeros_like(probability).scatter(-1, chosen, top)
+        return probability, top_weights(probability)
 
     def combine(self, units: Tensor, weight: Tensor, down: Tensor) -> Tensor:
         weight = F.pad(weight, (0, 1), value=1.0).bfloat16()
@@ -136,6 +135,12 @@ class Split(torch.nn.Module):
         layer, expert = self.dense.layers[index], self.experts[index]
         self.routes.append(expert.route(n))
         return expert.combine(layer.hidden_units(n), self.routes[-1][1], layer.ffn_down)
+
+
+def top_weights(probability: Tensor) -> Tensor:
+    """Keep the TOP most probable experts, scaled to sum to 1."""
+    top, chosen = probability.topk(TOP, -1)
+    return torch.zeros_like(probability).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
 
 
 def balance_loss(probability: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from model import Expert
 
 Array = npt.NDArray
