@@ -58,6 +58,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM; handled like Ctrl-C, with an exit code of its own."""
 
 
+class Interrupted(Exception):
+    """A KeyboardInterrupt on its way through typer, which would make its own of it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; no exception leaves here."""
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -78,6 +82,8 @@ def _report(exc: BaseException) -> int:
     screen = Screen()
     if isinstance(exc, SystemExit):
         return exc.code if isinstance(exc.code, int) else 1
+    if isinstance(exc, Interrupted):
+        exc = exc.__cause__ or exc
     if isinstance(exc, KeyboardInterrupt):
         screen.error("interrupted")
         # A thread may be inside llama.cpp still: leave without waiting for it.
@@ -188,8 +194,14 @@ def run(
         ),
     ] = None,
     ctx_size: Annotated[
-        int, _flag("-c", "--ctx-size", min=0, help="Context size; 0: the model's own.")
-    ] = 4096,
+        int | None,
+        _flag(
+            "-c",
+            "--ctx-size",
+            min=0,
+            help="Context size; 0: the model's own (default: the same, up to 4096).",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
     ] = None,
@@ -240,8 +252,9 @@ def run(
         bool, _flag("--no-stream", help="Print the answer when it is whole.")
     ] = False,
     verbose: Annotated[
-        bool, _flag("--verbose", "-v", help="Show the memory plan, timings and llama.cpp's log.")
-    ] = False,
+        int,
+        _flag("--verbose", "-v", count=True, help="Show plan and timings; -vv: llama.cpp's log."),
+    ] = 0,
     quiet: Annotated[bool, _flag("--quiet", "-q", help="Print nothing but the answer.")] = False,
     color: Annotated[str, _flag("--color", help="auto, always or never.")] = "auto",
     cpu_moe: Annotated[bool, _dead("-cmoe", "--cpu-moe")] = False,
@@ -254,7 +267,10 @@ def run(
     values = {k: v for k, v in locals().items() if k in Options.__dataclass_fields__}
     for name in ("words", "reverse_prompt"):
         values[name] = tuple(values[name] or ())
-    return _run(Options(**values))
+    try:
+        return _run(Options(**values))
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
 
 
 @app.command()
@@ -277,9 +293,12 @@ def verify(
     from .verify import verify as compare
 
     screen = Screen(quiet)
-    path = _model_path(Options(model=model), screen)
-    job = replace(Job(), n_threads=threads or physical_cores())
-    rows = compare(path, job=job, on_progress=screen.say)
+    try:
+        path = _model_path(Options(model=model), screen)
+        job = replace(Job(), n_threads=threads or physical_cores())
+        rows = compare(path, job=job, on_progress=screen.say)
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
     for line in verify_lines(rows):
         print(line)
     return 0 if all(row.equal for row in rows) else EXIT_DIFFERENT
@@ -330,8 +349,9 @@ def _load(path: Path, options: Options, screen: Screen) -> Llama:
     from .layout import build_layout
     from .options import model_arguments
 
-    arguments = model_arguments(options)
     layout = build_layout(open_gguf(path))
+    trained = layout.gguf.get(f"{layout.gguf.arch}.context_length", 0)
+    arguments = model_arguments(options, trained)
     screen.say(model_line(layout), *resident_lines(layout))
 
     def introduce(plan: MemoryPlan) -> None:

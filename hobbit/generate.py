@@ -150,7 +150,7 @@ def _work(run: _Run, llm: Llama, prompt: Prompt, arguments: dict[str, Any]) -> N
         for piece, reason in _pieces(llm, prompt, arguments):
             if run.stop.is_set():
                 break
-            if piece and not run.first_at:
+            if not run.first_at:
                 run.first_at, run.at_first = time.monotonic(), llm.stats
             if piece:
                 run.pieces.put(piece)
@@ -194,6 +194,7 @@ def _arguments(llm: Llama, sampling: Sampling) -> dict[str, Any]:
 def _grammar(llm: Llama, sampling: Sampling) -> Any:
     """Make the grammar, parsed once here: the sampler of llama-cpp-python does not check it."""
     from llama_cpp import llama_cpp
+    from llama_cpp._utils import suppress_stdout_stderr
     from llama_cpp.llama_grammar import LlamaGrammar
 
     if sampling.json_schema:
@@ -206,7 +207,8 @@ def _grammar(llm: Llama, sampling: Sampling) -> Any:
     vocab = llm._model.vocab
     assert vocab is not None
     text = grammar._grammar.encode()
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, text, grammar._root.encode())
+    with suppress_stdout_stderr(disable=False):
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, text, grammar._root.encode())
     if not sampler:
         raise UsageError("the grammar cannot be parsed; it must be GBNF with a rule named root")
     llama_cpp.llama_sampler_free(sampler)

@@ -11,10 +11,12 @@ from typing import Any, TextIO
 from .cpus import physical_cores
 from .errors import UsageError
 from .generate import Sampling
+from .gguf_file import padded
 
 DEMO = "demo"
 DEMO_PROMPT = "Explain in a few sentences why the sky is blue."
 DEMO_TOKENS = 256
+DEFAULT_CONTEXT = 4096
 
 # The types that llama.cpp accepts for the KV cache, with ggml's numbers.
 KV_TYPES = {
@@ -44,7 +46,7 @@ class Options:
     system_prompt_file: Path | None = None
     raw: bool = False
     predict: int | None = None
-    ctx_size: int = 4096
+    ctx_size: int | None = None
     threads: int | None = None
     threads_batch: int | None = None
     batch_size: int = 2048
@@ -69,7 +71,7 @@ class Options:
     io_threads: int = 0
     json_output: bool = False
     no_stream: bool = False
-    verbose: bool = False
+    verbose: int = 0
     quiet: bool = False
     color: str = "auto"
 
@@ -152,11 +154,15 @@ def sampling(options: Options) -> Sampling:
     )
 
 
-def model_arguments(options: Options) -> dict[str, Any]:
+def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
     """Turn flags into the keyword arguments of `hobbit.Llama`."""
+    context = options.ctx_size
+    if context is None:
+        context = min(DEFAULT_CONTEXT, trained_context or DEFAULT_CONTEXT)
     threads = options.threads if options.threads and options.threads > 0 else physical_cores()
     arguments: dict[str, Any] = {
-        "n_ctx": options.ctx_size,
+        # llama.cpp rounds up likewise; llama-cpp-python has to know of it.
+        "n_ctx": padded(context, 256),
         "n_batch": options.batch_size,
         "n_ubatch": options.ubatch_size,
         "n_threads": threads,
@@ -165,7 +171,7 @@ def model_arguments(options: Options) -> dict[str, Any]:
         "memory": options.memory,
         "io": options.io,
         "io_threads": options.io_threads,
-        "verbose": options.verbose,
+        "verbose": options.verbose > 1,
     }
     # llama.cpp needs flash attention for a quantised V cache.
     quantised = options.cache_type_v not in ("f32", "f16", "bf16")

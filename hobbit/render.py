@@ -44,7 +44,7 @@ class Screen:
     def __init__(self, quiet: bool = False, color: str = "auto", stream: TextIO | None = None):
         self.stream = stream or _own_stderr or sys.stderr
         self.quiet = quiet
-        self.terminal = self.stream.isatty()
+        self.terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         wanted = self.terminal and "NO_COLOR" not in os.environ
         self.color = color == "always" or (color == "auto" and wanted)
 
@@ -148,7 +148,7 @@ def memory_split(plan: MemoryPlan) -> str:
     """Return the plan on one line, rounded so that what is printed adds up to the cap."""
     parts = [(line.name, line.bytes) for line in plan.lines]
     parts.append(("spare", plan.spare_bytes))
-    large = plan.cap.bytes >= 4 * _GIB
+    large = plan.cap.bytes - plan.spare_bytes >= 4 * _GIB
     unit, name = (_GIB // 10, "GiB") if large else (1 << 20, "MiB")
     shown = dict(zip((n for n, _ in parts), _rounded([b for _, b in parts], unit), strict=True))
     words = []

@@ -1,8 +1,8 @@
 """The other arm of a comparison: plain llama-cpp-python, in a process that never loads hobbit.
 
 Run as a script it answers one JSON request a line on stdin with one JSON line on stdout. A child
-process of its own keeps hobbit's ggml device out of the stock arm's scheduler, gives its memory back
-before hobbit's arm starts, and survives a model that aborts llama.cpp.
+process of its own keeps hobbit's ggml device out of the stock arm's scheduler, gives its memory
+back before hobbit's arm starts, and survives a model that aborts llama.cpp.
 """
 
 from __future__ import annotations
@@ -72,32 +72,51 @@ class DecodeFailed(RuntimeError):
 def collect(llama: llama_cpp.Llama, job: Job) -> Logits:
     """Decode the job on the model and return its logits: (position, sequence, vocabulary)."""
     if job.n_seq == 1:
-        api.llama_memory_clear(api.llama_get_memory(llama._ctx.ctx), True)
-        return _decode(llama._ctx.ctx, llama.n_vocab(), job)
-    params = llama.context_params
-    before = params.n_seq_max
+        context = llama._ctx.ctx
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        return _decode(context, llama.n_vocab(), job)
+    with further_context(llama, job) as context:
+        return _decode(context, llama.n_vocab(), job)
+
+
+@contextlib.contextmanager
+def further_context(llama: llama_cpp.Llama, job: Job) -> Iterator[Any]:
+    """Make a context beside the one the model's object has, with as many sequences as the job."""
+    params = type(llama.context_params).from_buffer_copy(llama.context_params)
     params.n_seq_max = job.n_seq
     context = api.llama_init_from_model(llama._model.model, params)
-    params.n_seq_max = before
     if not context:
-        raise DecodeFailed("llama.cpp could not make a context for several sequences")
+        raise DecodeFailed("llama.cpp could not make a further context")
     try:
-        return _decode(context, llama.n_vocab(), job)
+        yield context
     finally:
         api.llama_free(context)
 
 
 def _decode(context: Any, n_vocab: int, job: Job) -> Logits:
-    tokens = job.tokens(n_vocab)
-    logits = np.empty((job.n_prompt + job.n_decode, job.n_seq, n_vocab), dtype=np.float32)
+    logits = empty_logits(n_vocab, job)
+    for _ in steps(context, job, logits):
+        pass
+    return logits
+
+
+def empty_logits(n_vocab: int, job: Job) -> Logits:
+    """Return room for what `steps` fills in."""
+    return np.empty((job.n_prompt + job.n_decode, job.n_seq, n_vocab), dtype=np.float32)
+
+
+def steps(context: Any, job: Job, logits: Logits) -> Iterator[None]:
+    """Decode the prompt, then token by token, stopping after each llama_decode."""
+    tokens = job.tokens(logits.shape[2])
     batch = api.llama_batch_init(job.n_prompt * job.n_seq, 0, 1)
     try:
         _step(context, batch, tokens, range(job.n_prompt), logits)
+        yield
         for position in range(job.n_prompt, job.n_prompt + job.n_decode):
             _step(context, batch, tokens, range(position, position + 1), logits)
+            yield
     finally:
         api.llama_batch_free(batch)
-    return logits
 
 
 def _step(
@@ -126,17 +145,19 @@ def _step(
 
 
 @contextlib.contextmanager
-def plain_llama(path: str, arguments: dict[str, Any]) -> Iterator[llama_cpp.Llama]:
+def plain_llama(
+    path: str, arguments: dict[str, Any], *, extra_buffers: bool = False
+) -> Iterator[llama_cpp.Llama]:
     """Open a model with llama-cpp-python's own class, changing one default of llama.cpp.
 
-    With `use_extra_bufts` llama.cpp repacks weights and, on a CPU with AMX, crashes in a batch;
-    hobbit leaves it off too, and Llama has no argument for it.
+    With extra buffer types llama.cpp repacks weights, which rounds differently and, on a CPU with
+    AMX, crashes in a batch. hobbit leaves them off where it streams; Llama has no argument for it.
     """
     default_params = api.llama_model_default_params
 
     def without_extra_buffers() -> Any:
         params = default_params()
-        params.use_extra_bufts = False
+        params.use_extra_bufts = params.use_extra_bufts and extra_buffers
         return params
 
     api.llama_model_default_params = without_extra_buffers
@@ -163,12 +184,20 @@ class StockProcess:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="hobbit-stock-")
 
-    def logits(self, path: Path | str, jobs: Sequence[Job], *, mmap: bool = True) -> list[Logits]:
+    def logits(
+        self,
+        path: Path | str,
+        jobs: Sequence[Job],
+        *,
+        mmap: bool = True,
+        extra_buffers: bool = False,
+    ) -> list[Logits]:
         """Return each job's logits; raise DecodeFailed when llama.cpp cannot load or decode."""
         request = {
             "path": str(path),
             "jobs": [asdict(job) for job in jobs],
             "mmap": mmap,
+            "extra_buffers": extra_buffers,
             "out": self._folder.name,
         }
         assert self._child.stdin is not None and self._child.stdout is not None
@@ -215,7 +244,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     for number, fields in enumerate(request["jobs"]):
         job = Job(**fields)
         arguments = job.llama_arguments() | {"use_mmap": request["mmap"]}
-        with plain_llama(request["path"], arguments) as llama:
+        extra = request["extra_buffers"]
+        with plain_llama(request["path"], arguments, extra_buffers=extra) as llama:
             name = os.path.join(request["out"], f"{number}.npy")
             np.save(name, collect(llama, job))
             files.append(name)
@@ -227,7 +257,7 @@ def main(requests: IO[str], answers: IO[str]) -> None:
     for line in requests:
         try:
             answer = _answer(json.loads(line))
-        except Exception as error:  # noqa: BLE001 - the parent decides what it means
+        except Exception as error:  # the parent decides what it means
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

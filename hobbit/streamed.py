@@ -147,6 +147,7 @@ class StreamedModel:
         if not model:
             path = self.layout.gguf.parts[0].path
             raise UnsupportedModelError(f"{path}: llama.cpp cannot load it: {_log.reason(errors)}")
+        lib.hobbit_buffer_type_loaded(self._buffer_type)
         return int(model)
 
     def measure(self, model_params: Any, context_params: Any) -> ContextMemory:

@@ -6,19 +6,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from .errors import ModelError, PlanError
 from .gguf_file import open_gguf
 from .layout import ExpertGroup, Layout, build_layout
-from .llama import Llama
+from .llama import Llama, _has_amx
 from .stock import DecodeFailed, Job, Logits, StockProcess, collect
 
 CACHES = ("floor", "layer", "half", "all")
 # Exit code of `hobbit verify` when a logit differs.
 EXIT_DIFFERENT = 6
-# What a slot may take beyond the expert itself: alignment for direct reads, for each of its matrices.
+# What a slot may take beyond the expert: room to align each of its matrices for direct reads.
 _SLOT_PADDING = 4 * 2 * 4096
 
 
@@ -60,9 +61,11 @@ def verify(
     if not layout.groups:
         caches = ("all",)
     say("stock llama.cpp")
+    # A model without experts runs with llama.cpp's own buffer types where the CPU can.
+    extra = not layout.groups and not _has_amx()
     try:
         with StockProcess() as stock:
-            (expected,) = stock.logits(path, [job])
+            (expected,) = stock.logits(path, [job], extra_buffers=extra)
     except DecodeFailed as error:
         raise ModelError(f"{path}: stock llama.cpp cannot run it here: {error}") from error
     rows = []
@@ -72,7 +75,7 @@ def verify(
     return rows
 
 
-def cache_bytes(layout: Layout, cache: str) -> int | str:
+def cache_bytes(layout: Layout, cache: str) -> int | Literal["floor"]:
     """Return the arena size that a name stands for: what `Llama(cache_bytes=)` takes."""
     if cache == "floor":
         return "floor"
@@ -86,7 +89,9 @@ def _with_padding(group: ExpertGroup) -> int:
     return group.expert_bytes + _SLOT_PADDING
 
 
-def _run(path: Path | str, cache: str, size: int | str, job: Job, expected: Logits) -> VerifyRow:
+def _run(
+    path: Path | str, cache: str, size: int | Literal["floor"], job: Job, expected: Logits
+) -> VerifyRow:
     try:
         with _open(path, size, job) as llama:
             found = collect(llama, job)
@@ -98,7 +103,7 @@ def _run(path: Path | str, cache: str, size: int | str, job: Job, expected: Logi
 
 
 @contextlib.contextmanager
-def _open(path: Path | str, size: int | str, job: Job) -> Iterator[Llama]:
+def _open(path: Path | str, size: int | Literal["floor"], job: Job) -> Iterator[Llama]:
     with contextlib.closing(Llama(str(path), cache_bytes=size, **job.llama_arguments())) as llama:
         yield llama
 

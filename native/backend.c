@@ -14,8 +14,15 @@
 
 /* --- buffer: address space that stands for expert weights; no expert byte is ever in it --- */
 
-struct weights_buffer {
+/* One a model; `tensors` are those whose names are changed for the time of loading. */
+struct weights_type {
+    struct ggml_backend_buffer_type buft;
     struct hobbit_model *model;
+    struct ggml_tensor *tensors[]; /* one a matrix of the catalog, or NULL */
+};
+
+struct weights_buffer {
+    struct weights_type *type;
     void *base;
     size_t size;
     struct hb_weight *weights; /* one a matrix of the catalog */
@@ -34,19 +41,23 @@ static void *buffer_base(ggml_backend_buffer_t buffer) {
 
 static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *tensor) {
     struct weights_buffer *b = buffer->context;
-    const struct hb_catalog *catalog = hb_model_catalog(b->model);
+    const struct hb_catalog *catalog = hb_model_catalog(b->type->model);
     const struct hb_matrix *m = hb_catalog_find(catalog, tensor->name);
     if (m == NULL || (int32_t) tensor->type != m->type || tensor->ne[0] != m->ne0 || tensor->ne[1] != m->ne1 ||
         tensor->ne[2] != catalog->groups[m->group].n_expert || tensor->nb[2] != m->expert_bytes) {
         return GGML_STATUS_FAILED;
     }
     struct hb_weight *weight = &b->weights[m - catalog->matrices];
-    *weight = (struct hb_weight) {b->model, m};
+    *weight = (struct hb_weight) {b->type->model, m};
     tensor->extra = weight;
+    /* The loader passes over tensors it finds no data for by name. Under its own name it would allocate, fill and
+     * throw away a copy of each expert tensor. */
+    b->type->tensors[m - catalog->matrices] = tensor;
+    ggml_set_name(tensor, "");
     return GGML_STATUS_SUCCESS;
 }
 
-/* The loader hands over what our own stream left unread. */
+/* Nothing to keep, should the loader ask all the same. */
 static void buffer_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *tensor, const void *data,
                               size_t offset, size_t size) {
     (void) buffer, (void) tensor, (void) data, (void) offset, (void) size;
@@ -86,9 +97,9 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
     if (b == NULL) {
         return NULL;
     }
-    b->model = buft->context;
+    b->type = buft->context;
     b->size = size > 0 ? size : HB_PAGE;
-    b->weights = calloc((size_t) hb_model_catalog(b->model)->n_matrices, sizeof *b->weights);
+    b->weights = calloc((size_t) hb_model_catalog(b->type->model)->n_matrices, sizeof *b->weights);
     if (b->weights == NULL || hb_space_reserve(&b->base, b->size) != 0) {
         free(b->weights);
         free(b);
@@ -295,11 +306,24 @@ int32_t hobbit_register(void) {
 }
 
 void *hobbit_buffer_type_new(struct hobbit_model *model) {
-    struct ggml_backend_buffer_type *buft = calloc(1, sizeof *buft);
-    if (buft != NULL) {
-        *buft = (struct ggml_backend_buffer_type) {buft_interface, &the_device, model};
+    size_t n_matrices = (size_t) hb_model_catalog(model)->n_matrices;
+    struct weights_type *type = calloc(1, sizeof *type + n_matrices * sizeof type->tensors[0]);
+    if (type != NULL) {
+        type->buft = (struct ggml_backend_buffer_type) {buft_interface, &the_device, type};
+        type->model = model;
     }
-    return buft;
+    return type;
+}
+
+void hobbit_buffer_type_loaded(void *buffer_type) {
+    struct weights_type *type = buffer_type;
+    const struct hb_catalog *catalog = hb_model_catalog(type->model);
+    for (int32_t i = 0; i < catalog->n_matrices; i++) {
+        if (type->tensors[i] != NULL) {
+            ggml_set_name(type->tensors[i], catalog->matrices[i].name);
+            type->tensors[i] = NULL;
+        }
+    }
 }
 
 void hobbit_buffer_type_free(void *buffer_type) {

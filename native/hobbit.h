@@ -129,6 +129,8 @@ int32_t hobbit_model_allocate(struct hobbit_model *model, const struct hobbit_po
                               const int32_t *pool_of_group, char *err, size_t err_len);
 /* A ggml_backend_buffer_type_t for the model's expert tensors; free it after the llama_model. NULL: no memory. */
 void *hobbit_buffer_type_new(struct hobbit_model *model);
+/* Call it when a llama_model has been loaded: gives its expert tensors their names back. */
+void hobbit_buffer_type_loaded(void *buffer_type);
 void hobbit_buffer_type_free(void *buffer_type);
 void *hobbit_model_stream(struct hobbit_model *model, char *err, size_t err_len); /* FILE* or NULL */
 int32_t hobbit_stream_close(void *file);

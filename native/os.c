@@ -123,10 +123,14 @@ uint64_t hb_now_ns(void) {
     return (uint64_t) ts.tv_sec * 1000000000u + (uint64_t) ts.tv_nsec;
 }
 
+/* stdio copies everything through its buffer, in reads of the buffer's size. */
+#define STREAM_BUFFER ((size_t) 256 << 10)
+
 struct stream {
     void *context;
     struct hb_stream_ops ops;
     uint64_t size, position;
+    char buffer[STREAM_BUFFER];
 };
 
 static int64_t stream_read(struct stream *s, char *dst, size_t length) {
@@ -189,10 +193,15 @@ FILE *hb_stream_new(void *context, const struct hb_stream_ops *ops, uint64_t siz
     if (s == NULL) {
         return NULL;
     }
-    *s = (struct stream) {.context = context, .ops = *ops, .size = size};
+    s->context = context;
+    s->ops = *ops;
+    s->size = size;
+    s->position = 0;
     FILE *file = cookie_open(s);
     if (file == NULL) {
         free(s);
+        return NULL;
     }
+    setvbuf(file, s->buffer, _IOFBF, sizeof s->buffer);
     return file;
 }

@@ -119,7 +119,7 @@ def in_threads(*calls: Callable[[], None]) -> None:
     def guarded(call: Callable[[], None]) -> None:
         try:
             call()
-        except BaseException as error:  # noqa: BLE001 - raised below, in the test's thread
+        except BaseException as error:  # raised below, in the test's thread
             errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]

@@ -18,6 +18,7 @@ import tiny
 from benchmodels import SHAPES
 from gguf import GGMLQuantizationType as Type
 
+import hobbit
 from hobbit.errors import HobbitError, ModelError, UsageError
 from hobbit.stock import plain_llama
 
@@ -142,3 +143,14 @@ def test_bad_source_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     bad.write_bytes(b"not a model at all")
     assert benchmodels.main(["inflated", "--from", str(bad), str(tmp_path / "out.gguf")]) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_synthetic_routing_depends_on_the_token(tmp_path: Path) -> None:
+    """A random token must not meet the experts of the one before."""
+    path = tmp_path / "model.gguf"
+    shape = replace(small("olmoe-1b-7b"), n_expert=64, n_ff=32)
+    benchmodels.synthesize("m", shape, Type.Q8_0, path)
+    with hobbit.Llama(str(path), cache_bytes="floor", n_ctx=64, n_threads=1) as llm:
+        for token in np.random.default_rng(0).integers(10, 500, 40):
+            llm.eval([int(token)])
+        assert llm.stats.hit_rate < 0.5

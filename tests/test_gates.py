@@ -6,7 +6,6 @@ cached, no reads.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ def check(path: Path, expected: Logits, cache: str, job: Job = JOB, **arguments:
         assert_same(expected, run(llama, job), f"{path.name}, cache {cache}")
         stats = llama.stats
         # Random tokens reach most experts; routing that does not would make the gate weak.
-        assert stats.misses > n_experts // 2
+        assert stats.misses > n_experts // 3
         if cache == "all":
             assert stats.evictions == 0
             assert stats.misses <= n_experts
@@ -79,8 +78,15 @@ def mixed(name: str) -> str:
     return "Q3_K" if layer == 1 else "Q4_K"
 
 
-def with_fused_bias(shapes: tiny.Shapes) -> tiny.Shapes:
-    return {k: v for k, v in shapes.items() if not re.search(r"_shexp|_inp_shexp", k)}
+def with_nextn(shapes: tiny.Shapes) -> tiny.Shapes:
+    """Make the last layer one that predicts a further token."""
+    n_embd = shapes["output_norm.weight"][0]
+    last = "blk.3.nextn"
+    return shapes | {
+        f"{last}.eh_proj.weight": (2 * n_embd, n_embd),
+        f"{last}.enorm.weight": (n_embd,),
+        f"{last}.hnorm.weight": (n_embd,),
+    }
 
 
 FEATURES = {
@@ -93,7 +99,7 @@ FEATURES = {
     "scales-fused": {"arch": "qwen3moe", "scales": True, "fused": True},
     "scales-nvfp4": {"arch": "olmoe", "scales": True, "expert_type": "NVFP4"},
     "biases-mxfp4": {"arch": "gpt-oss", "expert_type": "MXFP4"},
-    "biases-of-fused": {"arch": "gpt-oss", "expert_type": "F16", "n_expert": 32, "n_used": 4},
+    "biases-f16": {"arch": "gpt-oss", "expert_type": "F16", "n_expert": 32, "n_used": 4},
     "top-1": {"arch": "llama", "n_used": 1},
     "top-1-llama4": {"arch": "llama4", "n_expert": 16},
     "every-expert": {"arch": "olmoe", "n_expert": 4, "n_used": 4},
@@ -115,14 +121,17 @@ FEATURES = {
     "aligned-4096": {"arch": "qwen3moe", "alignment": 4096},
     "aligned-8": {"arch": "qwen3moe", "alignment": 8},
     # A multi-token-prediction layer is in the file; llama.cpp does not load it.
-    "nextn": {"arch": "glm4moe", "n_layer": 4, "kv": {"glm4moe.nextn_predict_layers": 1}},
+    "nextn": {
+        "arch": "glm4moe", "n_layer": 4, "edit": with_nextn,
+        "file_kv": {"glm4moe.nextn_predict_layers": 1},
+    },
     "groups-of-experts": {
         "arch": "deepseek2", "n_expert": 16, "n_used": 4,
         "kv": {"deepseek2.expert_group_count": 4, "deepseek2.expert_group_used_count": 2},
     },
     "no-routing-norm": {"arch": "deepseek2", "kv": {"deepseek2.expert_weights_norm": False}},
     "tied-output": {
-        "arch": "olmoe",
+        "arch": "llama",
         "edit": lambda shapes: {k: v for k, v in shapes.items() if k != "output.weight"},
     },
 }  # fmt: skip

@@ -75,13 +75,17 @@ ONE_SEQUENCE = {"kimi-linear", "minimax-01"}
 # metadata: what llama.cpp's tests/test-llama-archs.cpp sets, smaller, with more experts
 
 
-_MLA = set(_words("""
+_MLA = set(
+    _words("""
     deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 kimi-k3 glm5-next mistral4
     hy_v4
-"""))
-_HYBRID = set(_words("""
+""")
+)
+_HYBRID = set(
+    _words("""
     jamba nemotron_h_moe granitehybrid lfm2moe kimi-linear bailingmoe3 kimi-k3 glm5-next
-"""))
+""")
+)
 _SWA_LIST = {"cohere2moe", "mimo2", "step35", "granite_swa", "dots3note", "maple"}
 
 
@@ -261,6 +265,8 @@ def _experts(arch: str, shape: dict[str, int], put: Put, kv: dict[str, Value]) -
         )
     if arch == "llama4":
         put(expert_used_count=1, interleave_moe_layer_step=2)
+    if arch == "ernie4_5-moe":
+        put(interleave_moe_layer_step=1)
     if arch == "grovemoe":
         put(experts_per_group=2)
     if arch == "gpt-oss":
@@ -338,7 +344,9 @@ def vocabulary() -> dict[str, Value]:
     """Return a byte-fallback SentencePiece vocabulary: any text becomes tokens and back."""
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     kinds = [2, 3, 3] + [6] * 256
-    words = _words("the a of and to in is was it for on as with by at from he she they we you not be")
+    words = _words(
+        "the a of and to in is was it for on as with by at from he she they we you not be"
+    )
     for text in ["\u2581" + w for w in words] + [chr(c) for c in range(97, 123)]:
         tokens.append(text)
         kinds.append(1)
@@ -520,14 +528,36 @@ def _type(kind: str) -> Any:
     return _Q2_0 if kind == "Q2_0" else Q[kind]
 
 
-def _quantized_rows(values: Values, kind: Q | int, name: str) -> npt.NDArray[np.uint8]:
-    """Quantise, except that a slow type's rows are drawn from a few quantised ones."""
-    if not (isinstance(kind, Q) and kind.name.startswith("IQ")):
-        return quantize(values, kind)
-    rows = values.reshape(-1, values.shape[-1])
-    pool = quantize(rows[:16], kind)
-    drawn = np.random.default_rng(zlib.crc32(name.encode())).integers(0, len(pool), len(rows))
-    return pool[drawn].reshape(*values.shape[:-1], -1)
+# Of each i-quant: where its block keeps the half-precision scale, and one that gives weights of
+# about the usual size. All other bytes are codes and signs, of which every value is valid.
+_IQ_SCALE = {
+    "IQ1_S": (0, 1e-2), "IQ2_XXS": (0, 2e-3), "IQ2_XS": (0, 2e-3), "IQ2_S": (0, 2e-3),
+    "IQ3_XXS": (0, 7e-4), "IQ3_S": (0, 5e-4), "IQ4_NL": (0, 1e-3), "IQ4_XS": (0, 1e-4),
+}  # fmt: skip
+
+
+def _random_blocks(shape: tuple[int, ...], kind: Q, name: str) -> npt.NDArray[np.uint8]:
+    """Make up an i-quant's blocks: libggml's search for its codes takes seconds."""
+    width, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    blocks = rng.integers(0, 256, (int(np.prod(shape)) // width, size), dtype=np.uint8)
+    if kind == Q.IQ1_M:
+        # Its last 8 bytes are four uint16, whose top digits together are the scale.
+        digits = int(np.float16(1e-2).view(np.uint16))
+        for i in range(4):
+            digit = (digits >> (4 * i)) & 15
+            blocks[:, 49 + 2 * i] = (blocks[:, 49 + 2 * i] & 15) | (digit << 4)
+    else:
+        at, scale = _IQ_SCALE[kind.name]
+        scales = (rng.uniform(0.5, 1.5, len(blocks)) * scale).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def _quantized(values: Values, kind: Q | int, name: str) -> npt.NDArray[np.uint8]:
+    if isinstance(kind, Q) and kind.name.startswith("IQ"):
+        return _random_blocks(values.shape, kind, name)
+    return quantize(values, kind)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,6 +575,7 @@ def make(
     alignment: int | None = None,
     seed: int = SEED,
     kv: dict[str, Value] | None = None,
+    file_kv: dict[str, Value] | None = None,
     edit: Callable[[Shapes], Shapes] | None = None,
     change: Callable[[str, Values], Values] | None = None,
     **shape: int,
@@ -552,8 +583,8 @@ def make(
     """Write a tiny random model and return its path.
 
     `expert_type` is a type's name, or a function from an expert tensor's name to one. `kv`
-    overrides metadata, `edit` the list of tensors, `change` a tensor's float32 values; further
-    keywords go to `metadata`.
+    overrides metadata, `file_kv` what is written of it, `edit` the list of tensors, `change` a
+    tensor's float32 values; further keywords go to `metadata`.
     """
     path = Path(path)
     meta = metadata(arch, **shape) | vocabulary() | (kv or {})
@@ -564,7 +595,7 @@ def make(
     if edit:
         tensors = edit(tensors)
     writer = gguf.GGUFWriter(str(path), arch)
-    _add_kv(writer, meta)
+    _add_kv(writer, meta | (file_kv or {}))
     if alignment:
         writer.add_custom_alignment(alignment)
     for name, dims in tensors.items():
@@ -581,7 +612,7 @@ def make(
         elif kind == Q.F16:
             writer.add_tensor(name, values.astype(np.float16))
         else:
-            writer.add_tensor(name, _quantized_rows(values, kind, name), raw_dtype=kind)
+            writer.add_tensor(name, _quantized(values, kind, name), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

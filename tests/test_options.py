@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hobbit.cpus import physical_cores
+from hobbit.errors import UsageError
+from hobbit.options import (
+    DEMO_TOKENS,
+    KV_TYPES,
+    Options,
+    model_arguments,
+    read_prompt,
+    sampling,
+    system_prompt,
+)
+
+
+def test_model_and_prompt_of_the_words() -> None:
+    assert Options().model_name is None
+    assert Options(words=("m.gguf", "a", "b")).model_name == "m.gguf"
+    assert Options(words=("m.gguf", "a", "b")).prompt_words == ("a", "b")
+    assert Options(words=("a", "b"), model="m.gguf").prompt_words == ("a", "b")
+    assert Options(words=("a", "b"), hf_repo="u/m").prompt_words == ("a", "b")
+    assert Options(words=("a",), hf_repo="u/m").model_name is None
+
+
+def test_is_demo() -> None:
+    assert Options().is_demo
+    assert Options(words=("demo", "hi")).is_demo
+    assert not Options(hf_repo="u/m").is_demo
+    assert not Options(words=("m.gguf",)).is_demo
+
+
+def test_prompt_order(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("file\n\n")
+    options = Options(words=("m", "two", "words"), prompt="flag", file=tmp_path / "f")
+    assert read_prompt(options, io.StringIO("stdin\n")) == "stdin\n\nfile\n\nflag\ntwo words"
+    assert read_prompt(options, None) == "file\n\nflag\ntwo words"
+    assert read_prompt(Options(words=("m",)), io.StringIO("only")) == "only"
+
+
+def test_no_prompt() -> None:
+    assert read_prompt(Options(), io.StringIO("")) == ""
+    with pytest.raises(UsageError, match=r"no prompt: hobbit run m\.gguf"):
+        read_prompt(Options(words=("m.gguf",)), io.StringIO(" \n"))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        read_prompt(Options(file=tmp_path / "binary"), None)
+    with pytest.raises(UsageError, match="No such file"):
+        system_prompt(Options(system_prompt_file=tmp_path / "none"))
+
+
+def test_system_prompt(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("from file\n")
+    assert system_prompt(Options()) == ""
+    assert system_prompt(Options(system_prompt="given")) == "given"
+    assert system_prompt(Options(system_prompt_file=tmp_path / "f")) == "from file"
+
+
+def test_sampling_has_the_defaults_of_llama_cpp() -> None:
+    got = sampling(Options(words=("m.gguf",)))
+    assert (got.temperature, got.top_k, got.top_p, got.min_p) == (0.8, 40, 0.95, 0.05)
+    assert got.repeat_penalty == 1.0
+    assert got.max_tokens is None
+    assert got.seed is not None
+    assert got.seed >= 0
+    assert sampling(Options(seed=0)).seed == 0
+
+
+def test_token_limits() -> None:
+    assert sampling(Options()).max_tokens == DEMO_TOKENS
+    assert sampling(Options(predict=-1)).max_tokens is None
+    assert sampling(Options(predict=5)).max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"predict": 0},
+        {"predict": -3},
+        {"io": "mmap"},
+        {"flash_attn": "yes"},
+        {"color": "red"},
+        {"cache_type_k": "q3_K"},
+        {"cache_type_v": "int8"},
+    ],
+)
+def test_values_that_mean_nothing(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
+        Options(**wrong)
+
+
+def test_model_arguments() -> None:
+    got = model_arguments(Options(), 2048)
+    assert got["n_threads"] == got["n_threads_batch"] == physical_cores()
+    assert (got["n_ctx"], got["n_batch"], got["n_ubatch"]) == (2048, 2048, 512)
+    assert (got["memory"], got["io"], got["n_gpu_layers"]) == ("auto", "auto", 0)
+    assert "flash_attn" not in got
+    assert "type_k" not in got
+    assert model_arguments(Options(threads=3, threads_batch=5), 0)["n_threads_batch"] == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "context"),
+    [(None, 0, 4096), (None, 128000, 4096), (None, 512, 512), (0, 512, 0), (100, 512, 256)],
+)
+def test_context(asked: int | None, trained: int, context: int) -> None:
+    assert model_arguments(Options(ctx_size=asked), trained)["n_ctx"] == context
+
+
+def test_a_quantised_v_cache_needs_flash_attention() -> None:
+    got = model_arguments(Options(cache_type_v="q8_0"), 0)
+    assert (got["flash_attn"], got["type_v"]) == (True, 8)
+    assert "flash_attn" not in model_arguments(Options(cache_type_v="q8_0", flash_attn="off"), 0)
+    assert model_arguments(Options(flash_attn="on"), 0)["flash_attn"]
+
+
+def test_kv_types_are_ggml_numbers() -> None:
+    from llama_cpp import llama_cpp
+
+    for name, number in KV_TYPES.items():
+        assert getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", number) == number
+
+
+@pytest.mark.parametrize(("text", "layers"), [("auto", 0), ("all", -1), ("7", 7), ("-1", -1)])
+def test_gpu_layers(text: str, layers: int) -> None:
+    assert model_arguments(Options(gpu_layers=text), 0)["n_gpu_layers"] == layers
+    with pytest.raises(UsageError, match="-ngl many"):
+        model_arguments(Options(gpu_layers="many"), 0)
+
+
+def test_seed_must_not_be_negative() -> None:
+    with pytest.raises(UsageError, match="--seed -2"):
+        sampling(Options(seed=-2))
+
+
+def test_to_dict_is_plain() -> None:
+    data = Options(file=Path("x"), words=("a",)).to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert (data["file"], data["words"]) == ("x", ["a"])
