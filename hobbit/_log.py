@@ -1,9 +1,10 @@
-"""What llama.cpp says while it loads: kept, so that a failure can be told in one line."""
+"""What llama.cpp says: silent, but kept, so that a failure can be told in one line."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,33 +13,44 @@ from llama_cpp._logger import llama_log_callback as upstream_callback
 
 logger = logging.getLogger("hobbit")
 
-_ERROR, _CONTINUED = 3, 5
+_ERROR = 3  # GGML_LOG_LEVEL_ERROR
+
+
+class _Capture(threading.local):
+    errors: list[str] | None = None
+    verbose = False
+
+
+_capture = _Capture()
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _callback(level: int, text: bytes, user_data: object) -> None:
+    if _capture.errors is None or _capture.verbose:
+        upstream_callback(level, text, user_data)
+    line = text.decode(errors="replace").rstrip()
+    logger.debug("%s", line)
+    if _capture.errors is not None and level == _ERROR and line:
+        _capture.errors.append(line)
+
+
+llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
 
 
 @contextmanager
 def captured(verbose: bool) -> Iterator[list[str]]:
-    """Collect llama.cpp's error lines; everything goes to the logger, and on when `verbose`."""
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def callback(level: int, text: bytes, user_data: object) -> None:
-        line = text.decode(errors="replace").rstrip()
-        logger.debug("%s", line)
-        if level == _ERROR and line:
-            errors.append(line)
-        if verbose:
-            upstream_callback(level, text, user_data)
-
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    """Collect the error lines of this thread's calls; print what llama.cpp says if `verbose`."""
+    outer = _capture.errors, _capture.verbose
+    _capture.errors, _capture.verbose = [], verbose
     try:
-        yield errors
+        yield _capture.errors
     finally:
-        llama_cpp.llama_log_set(upstream_callback, ctypes.c_void_p(0))
+        _capture.errors, _capture.verbose = outer
 
 
 def reason(errors: list[str]) -> str:
     """The first error is the cause; what follows tells who passed it on."""
     if not errors:
-        return "llama.cpp gives no reason"
+        return "it gives no reason"
     _, _, text = errors[0].rpartition("error loading model: ")
     return text.strip()

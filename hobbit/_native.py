@@ -10,6 +10,17 @@ import llama_cpp
 from ._hobbit import ffi, lib
 from .errors import HobbitError, ModelError, ReadError, UnsupportedModelError
 
+__all__ = [
+    "LLAMA_VERSION",
+    "CancelFlag",
+    "address",
+    "check",
+    "error_buffer",
+    "ffi",
+    "lib",
+    "register",
+]
+
 LLAMA_VERSION = "0.3.36"
 ERROR_BYTES = 512
 
@@ -21,9 +32,23 @@ _CLASSES: dict[int, type[HobbitError]] = {
 
 
 def check(status: int, error: Any) -> None:
-    """Raise the exception for a status other than HOBBIT_OK; `error` is the C buffer of its text."""
+    """Raise the exception for a status other than HOBBIT_OK; `error` holds the text."""
     if status != lib.HOBBIT_OK:
         raise _CLASSES.get(status, HobbitError)(ffi.string(error).decode(errors="replace"))
+
+
+class CancelFlag:
+    """Makes computations stop within a layer while it is set; from any thread."""
+
+    def __init__(self) -> None:
+        self.pointer = ffi.new("int32_t *", 0)
+
+    def set(self, on: bool) -> None:
+        self.pointer[0] = on
+
+    def abort_callback(self) -> tuple[int, int]:
+        """Addresses of a ggml_abort_callback and its data."""
+        return address(lib.hobbit_abort_callback()), address(self.pointer)
 
 
 def error_buffer() -> Any:
@@ -44,5 +69,3 @@ def register() -> None:
             f"pip install llama-cpp-python=={LLAMA_VERSION}, or reinstall hobbit-moe"
         )
     lib.hobbit_register()
-
-

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -37,6 +38,7 @@ from .render import (
 )
 
 if TYPE_CHECKING:
+    from .layout import Layout
     from .llama import Llama
     from .memory import MemoryPlan
     from .options import Options
@@ -217,14 +219,21 @@ def run(
     cache_type_k: Annotated[str, _flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
     cache_type_v: Annotated[str, _flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
     temp: Annotated[
-        float, _flag("--temp", "--temperature", min=0, help="Temperature; 0: most likely token.")
-    ] = 0.8,
-    top_k: Annotated[int, _flag("--top-k", help="Sample from the K most likely.")] = 40,
-    top_p: Annotated[float, _flag("--top-p", help="Sample from this probability mass.")] = 0.95,
-    min_p: Annotated[float, _flag("--min-p", help="Least share of the best token.")] = 0.05,
+        float | None,
+        _flag("--temp", "--temperature", min=0, help="0: always the likeliest (model's, or 0.8)."),
+    ] = None,
+    top_k: Annotated[
+        int | None, _flag("--top-k", help="Sample from the K likeliest (model's, or 40).")
+    ] = None,
+    top_p: Annotated[
+        float | None, _flag("--top-p", help="Sample from this mass (model's, or 0.95).")
+    ] = None,
+    min_p: Annotated[
+        float | None, _flag("--min-p", help="Least share of the best (model's, or 0.05).")
+    ] = None,
     repeat_penalty: Annotated[
-        float, _flag("--repeat-penalty", help="Penalty for repeated tokens; 1: none.")
-    ] = 1.0,
+        float | None, _flag("--repeat-penalty", help="1: none (model's, or 1).")
+    ] = None,
     seed: Annotated[int, _flag("-s", "--seed", help="Seed; -1: random.")] = -1,
     reverse_prompt: Annotated[
         list[str] | None, _flag("-r", "--reverse-prompt", help="Stop at this text (repeatable).")
@@ -284,8 +293,6 @@ def verify(
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Compare every logit with stock llama.cpp's, bit by bit, at several cache sizes."""
-    from dataclasses import replace
-
     from .cpus import physical_cores
     from .options import Options
     from .stock import Job
@@ -306,17 +313,22 @@ def verify(
 
 def _run(options: Options) -> int:
     from .generate import Prompt, generate, has_chat_template
+    from .gguf_file import open_gguf
+    from .layout import build_layout
     from .options import DEMO_PROMPT, read_prompt, sampling, system_prompt
 
     screen = Screen(options.quiet, options.color)
     text = read_prompt(options, _stdin(screen))
-    system, settings = system_prompt(options), sampling(options)
+    system = system_prompt(options)
     path = _model_path(options, screen)
+    layout = build_layout(open_gguf(path))
+    settings = sampling(options, layout.gguf.get)
     if not text:
         text = DEMO_PROMPT
         screen.say(f"no prompt given, so the demo is asked: {text}")
     start = time.monotonic()
-    with closing(_load(path, options, screen)) as llm:
+    screen.say(model_line(layout), *resident_lines(layout))
+    with closing(_load(layout, options, screen)) as llm:
         load_s = time.monotonic() - start
         io = llm.stats.io or "none"
         facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
@@ -327,7 +339,8 @@ def _run(options: Options) -> int:
         whole = options.no_stream or options.json_output
         result = generate(llm, Prompt(text, system, chat), settings, _mute if whole else _print)
         if options.json_output:
-            config = options.to_dict() | {"model": str(path), "seed": settings.seed, "chat": chat}
+            config = options.resolved(settings) | {"model": str(path), "chat": chat}
+            config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
             report = run_report(result, llm.plan, config, load_s)
             _print(json.dumps(report, ensure_ascii=False))
         elif whole:
@@ -339,20 +352,16 @@ def _run(options: Options) -> int:
     return 0 if result.signal is None else _signal_code(result.signal)
 
 
-def _load(path: Path, options: Options, screen: Screen) -> Llama:
-    """Load the model, saying what it is and what its memory is for before it takes any.
+def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
+    """Load the model, saying what its memory is for before it takes any.
 
     It loads in another thread, so that Ctrl-C is heard while llama.cpp reads it.
     """
     from .generate import interruptible
-    from .gguf_file import open_gguf
-    from .layout import build_layout
     from .options import model_arguments
 
-    layout = build_layout(open_gguf(path))
     trained = layout.gguf.get(f"{layout.gguf.arch}.context_length", 0)
     arguments = model_arguments(options, trained)
-    screen.say(model_line(layout), *resident_lines(layout))
 
     def introduce(plan: MemoryPlan) -> None:
         screen.say(mode_line(plan))
@@ -362,7 +371,7 @@ def _load(path: Path, options: Options, screen: Screen) -> Llama:
     def load() -> Llama:
         from .llama import Llama
 
-        return Llama(str(path), on_plan=introduce, **arguments)
+        return Llama(str(layout.gguf.parts[0].path), on_plan=introduce, **arguments)
 
     return interruptible(load)
 

@@ -166,7 +166,7 @@ def _pieces(
 ) -> Iterator[tuple[str, str | None]]:
     chunks: Any
     if prompt.chat:
-        chunks = llm.create_chat_completion(prompt.messages(), stream=True, **arguments)  # type: ignore[arg-type] # upstream's message type is a union of TypedDicts
+        chunks = llm.create_chat_completion(prompt.messages(), stream=True, **arguments)
     else:
         chunks = llm.create_completion(prompt.text, stream=True, **arguments)
     for chunk in chunks:

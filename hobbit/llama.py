@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import inspect
 import resource
@@ -11,13 +10,16 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import llama_cpp
+import llama_cpp._internals as upstream_internals
 import llama_cpp.llama_cpp as upstream_api
 
+from . import _log
+from ._native import CancelFlag
 from .errors import Cancelled, HobbitError, ReadError, UnsupportedModelError, UsageError
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
@@ -70,14 +72,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         **arguments: Any,
     ) -> None:
         self._streamed: StreamedModel | None = None
+        self._cancelled = CancelFlag()
         self._counted = Stats()
-        self._own_arguments = {
+        self._own_arguments: dict[str, Any] = {
             "memory": memory,
             "cache_bytes": cache_bytes,
             "io": io,
             "io_threads": io_threads,
         }
         arguments = _known(arguments)
+        self._batch_arguments = [
+            arguments.get(name, _UPSTREAM[name].default) for name in ("n_batch", "n_ubatch")
+        ]
         if io not in ("auto", "direct", "buffered"):
             raise UsageError(f"io is {io!r}: use auto, direct or buffered")
         self.layout: Layout = build_layout(open_gguf(Path(model_path)))
@@ -120,21 +126,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return Stats(**fields)
 
     def cancel(self) -> None:
-        """Stop the running evaluation within a layer: it raises Cancelled. From any thread.
+        """Stop the running evaluation, or else the next, within a layer: it raises Cancelled.
 
-        A no-op for models without experts.
+        From any thread.
         """
-        if self._streamed is not None:
-            self._streamed.cancel(True)
+        self._cancelled.set(True)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; see llama_cpp.Llama.eval. Raises ReadError and Cancelled."""
+        is_prompt = len(tokens) != 1 or self.n_tokens == 0
         start = time.perf_counter()
         with self._translated():
             super().eval(tokens)
         seconds = time.perf_counter() - start
-        new = Stats(tokens_prompt=len(tokens), prompt_s=seconds)
-        if len(tokens) == 1:
+        if is_prompt:
+            new = Stats(tokens_prompt=len(tokens), prompt_s=seconds)
+        else:
             new = Stats(tokens_generated=1, decode_s=seconds)
         self._counted = new.minus(_negative(self._counted))
 
@@ -164,26 +171,28 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        failure: RuntimeError | None = None
         try:
-            yield
+            with _log.captured(self.verbose):
+                yield
         except RuntimeError as error:
-            why = self._streamed.take_error() if self._streamed else ""
-            if why:
-                raise ReadError(why) from error
-            if str(error) == _LLAMA_DECODE_ABORTED:
-                raise Cancelled("cancelled") from error
-            raise
+            failure = error
         finally:
-            # A cancel is for the evaluation under way, or else for the next one.
-            if self._streamed is not None:
-                self._streamed.cancel(False)
+            self._cancelled.set(False)
+        why = self._streamed.take_error() if self._streamed else ""
+        if why:
+            raise ReadError(why) from failure
+        if failure is not None and str(failure) == _LLAMA_DECODE_ABORTED:
+            raise Cancelled("cancelled") from failure
+        if failure is not None:
+            raise failure
 
     def _load(self, params: Any) -> int:
         """In place of llama_model_load_from_file: plan, then load."""
         if not self.layout.groups or params.vocab_only:
             return self._load_resident(params)
         own = self._own_arguments
-        streamed = StreamedModel(self.layout, own["io"], own["io_threads"])  # type: ignore[arg-type]
+        streamed = StreamedModel(self.layout, self._cancelled, own["io"], own["io_threads"])
         self._stack.callback(streamed.close)
         self._streamed = streamed
         measured = streamed.measure(params, self._context_params())
@@ -194,7 +203,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _load_resident(self, params: Any) -> int:
         params.use_extra_bufts = params.use_extra_bufts and not _has_amx()
         self._make_plan(ContextMemory(self.layout.dense_bytes, 0, 0), ())
-        return int(_load_from_file(self.model_path.encode(), params) or 0)
+        with _log.captured(self.verbose) as errors:
+            model = _load_from_file(self.model_path.encode(), params)
+        if not model:
+            why = _log.reason(errors)
+            raise UnsupportedModelError(f"{self.model_path}: llama.cpp cannot load it: {why}")
+        return int(model)
 
     def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[int]) -> None:
         parts = [
@@ -207,42 +221,46 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         growth = _PROCESS_GROWTH + self._cap.bytes // _PAGE_TABLE_SHARE
         parts.append(Line("process", _resident_bytes() + growth, "interpreter and libraries"))
         cache = self._own_arguments["cache_bytes"]
-        self.plan = plan(self._cap, self.layout, parts, slot_bytes, cache)  # type: ignore[arg-type]
+        self.plan = plan(self._cap, self.layout, parts, slot_bytes, cache)
         if self._on_plan is not None:
             self._on_plan(self.plan)
 
     def _context_params(self) -> Any:
         """The context's parameters, with the model's own context length where that is asked for."""
         params = self.context_params
-        if params.n_ctx == 0:
-            length = self.layout.gguf.get(f"{self.layout.gguf.arch}.context_length", 0)
+        length = self.layout.gguf.get(f"{self.layout.gguf.arch}.context_length", 0)
+        if params.n_ctx == 0 and isinstance(length, int):
             params = type(params).from_buffer_copy(params)
-            params.n_ctx = length if isinstance(length, int) else 0
+            params.n_ctx = length
+            params.n_batch = min(length, self._batch_arguments[0])
+            params.n_ubatch = min(params.n_batch, self._batch_arguments[1])
         return params
 
     def _output_bytes(self) -> int:
         """Logits in llama.cpp, and their copies in Python."""
         embedding = self.layout.gguf.tensors.get("token_embd.weight")
         row = 4 * embedding.shape[1] if embedding is not None else 0
-        rows = self.n_batch + self.context_params.n_ctx if self._logits_all else 1
+        params = self._context_params()
+        rows = params.n_batch + params.n_ctx if self._logits_all else 1
         return row * (rows + 8)
 
     def _scratch_bytes(self) -> int:
         """Upper bound of the plugin's work space for one ubatch."""
-        tokens, used = self.context_params.n_ubatch, self.layout.n_expert_used
+        tokens, used = self._context_params().n_ubatch, self.layout.n_expert_used
         row = 0
         for group in self.layout.groups:
             widths = [matrix.ne1 for matrix in group.matrices]
             row = max(row, 4 * (sum(widths) + 3 * max(widths) + 2 * group.matrices[0].ne0))
         rows = max(min(_BATCH_BYTES // row, tokens * used), tokens)
         tables = min(_ROW_TABLE_BYTES, 8 * tokens * used * 4096)
-        threads = int(self._own_arguments["io_threads"] or _IO_THREADS)  # type: ignore[call-overload]
+        threads = int(self._own_arguments["io_threads"] or _IO_THREADS)
         return rows * row * 4 // 3 + tables + threads * _BOUNCE_BYTES
 
 
 _patch_lock = threading.Lock()
 _load_from_file = upstream_api.llama_model_load_from_file
 _init_from_model = upstream_api.llama_init_from_model
+_suppress_output = upstream_internals.suppress_stdout_stderr
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -251,7 +269,8 @@ def _patched(llm: Llama) -> Iterator[None]:
     """The one place where llama-cpp-python is patched, while a constructor of ours runs.
 
     The parent's constructor builds the parameters and loads in one go: its two calls of the C API
-    come here. Other threads' models pass through untouched.
+    come here. Other threads' models pass through untouched. It also sends the process's stdout and
+    stderr to nowhere while it loads, with whatever `on_plan` and other threads print.
     """
     owner = threading.get_ident()
 
@@ -260,20 +279,36 @@ def _patched(llm: Llama) -> Iterator[None]:
         return llm._load(params) if ours else _load_from_file(path, params)
 
     def init_from_model(model: Any, params: Any) -> Any:
-        if threading.get_ident() == owner and llm._streamed is not None:
-            function, data = llm._streamed.abort_callback()
-            params.abort_callback = upstream_api.ggml_abort_callback(function)
-            params.abort_callback_data = data
-        return _init_from_model(model, params)
+        if threading.get_ident() != owner:
+            return _init_from_model(model, params)
+        function, data = llm._cancelled.abort_callback()
+        params.abort_callback = upstream_api.ggml_abort_callback(function)
+        params.abort_callback_data = data
+        with _log.captured(llm.verbose) as errors:
+            context = _init_from_model(model, params)
+        if not context:
+            why = _log.reason(errors)
+            raise UnsupportedModelError(f"{llm.model_path}: llama.cpp makes no context: {why}")
+        return context
 
     with _patch_lock:
         upstream_api.llama_model_load_from_file = load_from_file
         upstream_api.llama_init_from_model = init_from_model
+        upstream_internals.suppress_stdout_stderr = lambda disable: nullcontext()
         try:
             yield
         finally:
             upstream_api.llama_model_load_from_file = _load_from_file
             upstream_api.llama_init_from_model = _init_from_model
+            upstream_internals.suppress_stdout_stderr = _suppress_output
+
+
+def _signature() -> inspect.Signature:
+    """The parent's parameters with our defaults, then our own."""
+    own = inspect.signature(Llama.__init__).parameters
+    merged = {name: p for name, p in _UPSTREAM.items() if p.kind is not p.VAR_KEYWORD}
+    merged |= {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+    return inspect.Signature([*merged.values()])
 
 
 def _known(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -285,8 +320,7 @@ def _known(arguments: dict[str, Any]) -> dict[str, Any]:
             warnings.warn(f"Llama() ignores {name}: llama.cpp no longer has it", stacklevel=3)
             del arguments[name]
             continue
-        own = inspect.signature(Llama.__init__).parameters
-        near = difflib.get_close_matches(name, [*_UPSTREAM, *own], 1)
+        near = difflib.get_close_matches(name, inspect.signature(Llama.__init__).parameters, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"Llama() has no argument {name!r}{hint}")
     return arguments
@@ -326,3 +360,6 @@ def _has_amx() -> bool:
         return "amx_tile" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+
+
+Llama.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

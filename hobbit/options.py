@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -55,11 +56,11 @@ class Options:
     flash_attn: str = "auto"
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
+    temp: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
     seed: int = -1
     reverse_prompt: tuple[str, ...] = ()
     grammar: str | None = None
@@ -83,6 +84,8 @@ class Options:
                 raise UsageError(f"--{flag} {value}: must be one of {', '.join(allowed)}")
         if self.predict is not None and (self.predict == 0 or self.predict < -2):
             raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
+        if self.seed < -1:
+            raise UsageError(f"--seed {self.seed}: must be -1 (random) or a number from 0 on")
 
     @property
     def model_name(self) -> str | None:
@@ -97,9 +100,20 @@ class Options:
     def prompt_words(self) -> tuple[str, ...]:
         return self.words if self.model or self.hf_repo else self.words[1:]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain data."""
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return] # str
+    def resolved(self, settings: Sampling) -> dict[str, Any]:
+        """Return all settings as plain data, with the values that were chosen in place of None."""
+        chosen = {
+            "temp": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+            "repeat_penalty": settings.repeat_penalty,
+            "seed": settings.seed,
+            "predict": -1 if settings.max_tokens is None else settings.max_tokens,
+        }
+        paths_as_text = json.dumps(asdict(self) | chosen, default=str)
+        plain: dict[str, Any] = json.loads(paths_as_text)
+        return plain
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -133,20 +147,33 @@ def system_prompt(options: Options) -> str:
     return options.system_prompt or ""
 
 
-def sampling(options: Options) -> Sampling:
-    """Turn flags into sampling settings; a random seed is drawn here so that it can be reported."""
-    if options.seed < -1:
-        raise UsageError(f"--seed {options.seed}: must be -1 (random) or a number from 0 on")
+# llama.cpp's sampling defaults: the flag's field, the key by which a model sets its own, the value.
+_SAMPLING = (
+    ("temp", "temp", 0.8),
+    ("top_k", "top_k", 40),
+    ("top_p", "top_p", 0.95),
+    ("min_p", "min_p", 0.05),
+    ("repeat_penalty", "penalty_repeat", 1.0),
+)
+
+
+def sampling(options: Options, metadata: Callable[[str, Any], Any]) -> Sampling:
+    """Resolve the sampling settings: a flag, else the model's own wish, else llama.cpp's default.
+
+    A random seed is drawn here so that it can be reported.
+    """
+    values: dict[str, Any] = {}
+    for name, key, default in _SAMPLING:
+        own = metadata(f"general.sampling.{key}", default)
+        flag = getattr(options, name)
+        values[name] = flag if flag is not None else type(default)(own)
     limit = options.predict
     if limit is None and options.is_demo:
         limit = DEMO_TOKENS
     return Sampling(
         max_tokens=None if limit is None or limit < 0 else limit,
-        temperature=options.temp,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repeat_penalty=options.repeat_penalty,
+        temperature=values.pop("temp"),
+        **values,
         seed=secrets.randbits(31) if options.seed == -1 else options.seed,
         stop=options.reverse_prompt,
         grammar=_text_or_file(options.grammar, options.grammar_file),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import llama_cpp
 
 from . import _log, _native
-from ._native import check, error_buffer, ffi, lib
+from ._native import CancelFlag, check, error_buffer, ffi, lib
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool
@@ -40,8 +40,11 @@ class ContextMemory:
 class StreamedModel:
     """Owns the native model of one layout. Close it after every llama_model loaded through it."""
 
-    def __init__(self, layout: Layout, io: Io = "auto", io_threads: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, cancelled: CancelFlag, io: Io = "auto", io_threads: int = 0
+    ) -> None:
         self.layout = layout
+        self._cancelled = cancelled  # the native side reads it as long as it lives
         self._buffer_type = ffi.NULL
         self._handle = self._open(io, io_threads)
         _native.register()
@@ -88,6 +91,7 @@ class StreamedModel:
         }
         types = {"files": "file", "groups": "group", "matrices": "matrix", "extents": "extent"}
         options = ffi.new("struct hobbit_options *", {"io": _IO[io], "io_threads": io_threads})
+        options.cancelled = self._cancelled.pointer
         for name, values in lists.items():
             keep.append(ffi.new(f"struct hobbit_{types[name]}[]", values))
             setattr(options, name, keep[-1])
@@ -168,14 +172,6 @@ class StreamedModel:
         finally:
             llama_cpp.llama_model_free(model)
         return ContextMemory(out.model_bytes, out.kv_bytes, out.compute_bytes)
-
-    def abort_callback(self) -> tuple[int, int]:
-        """Addresses of the ggml_abort_callback and its data for contexts of this model."""
-        return _native.address(lib.hobbit_abort_callback()), _native.address(self._handle)
-
-    def cancel(self, on: bool) -> None:
-        """Make running computations stop, until it is turned off again; from any thread."""
-        lib.hobbit_model_cancel(self._handle, on)
 
     def take_error(self) -> str:
         """The last failed read as a sentence, once; empty when there was none."""

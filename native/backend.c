@@ -1,9 +1,7 @@
-#include <string.h>
-#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "ggml-backend-impl.h"
-#include "ggml-cpu.h"
 #include "hobbit.h"
 #include "model.h"
 #include "moe.h"
@@ -67,8 +65,8 @@ static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_te
                               size_t offset, size_t size) {
     const struct hb_weight *w = tensor->extra;
     (void) buffer;
-    if (w == NULL || hb_model_read(w->model, w->matrix, data, offset, size) != HOBBIT_OK) {
-        memset(data, 0, size);
+    if (w == NULL || !hb_model_read(w->model, w->matrix, data, offset, size)) {
+        memset(data, 0, size); /* the model remembers that it failed */
     }
 }
 
@@ -127,26 +125,18 @@ static const struct ggml_backend_buffer_type_i buft_interface = {
 
 /* --- backend: one a llama_context --- */
 
-struct context {
-    ggml_backend_t inner;
-    struct hb_moe *moe;
-};
-
 static const char *backend_name(ggml_backend_t backend) {
     (void) backend;
     return hb_buffer_type_name;
 }
 
 static void backend_free(ggml_backend_t backend) {
-    struct context *c = backend->context;
-    hb_moe_free(c->moe);
-    ggml_backend_free(c->inner);
-    free(c);
+    hb_moe_free(backend->context);
     free(backend);
 }
 
 static enum ggml_status backend_compute(ggml_backend_t backend, struct ggml_cgraph *graph) {
-    return hb_moe_compute(((struct context *) backend->context)->moe, graph);
+    return hb_moe_compute(backend->context, graph);
 }
 
 static const struct ggml_backend_i backend_interface = {
@@ -193,25 +183,15 @@ static void device_props(ggml_backend_dev_t device, struct ggml_backend_dev_prop
 
 static ggml_backend_t device_init(ggml_backend_dev_t device, const char *params) {
     (void) params;
-    struct context *c = calloc(1, sizeof *c);
+    struct hb_moe *moe = hb_moe_new();
     struct ggml_backend *backend = calloc(1, sizeof *backend);
-    if (c == NULL || backend == NULL) {
-        goto err;
+    if (moe == NULL || backend == NULL) {
+        hb_moe_free(moe);
+        free(backend);
+        return NULL;
     }
-    c->inner = ggml_backend_cpu_init();
-    c->moe = c->inner != NULL ? hb_moe_new(c->inner) : NULL;
-    if (c->moe == NULL) {
-        goto err;
-    }
-    *backend = (struct ggml_backend) {backend_guid(), backend_interface, device, c};
+    *backend = (struct ggml_backend) {backend_guid(), backend_interface, device, moe};
     return backend;
-err:
-    if (c != NULL && c->inner != NULL) {
-        ggml_backend_free(c->inner);
-    }
-    free(backend);
-    free(c);
-    return NULL;
 }
 
 /* Results live where the CPU's do, so that neither side copies. */
@@ -264,11 +244,11 @@ static ggml_backend_dev_t reg_device(ggml_backend_reg_t reg, size_t index) {
 }
 
 static void set_n_threads(ggml_backend_t backend, int n_threads) {
-    ggml_backend_cpu_set_n_threads(((struct context *) backend->context)->inner, n_threads);
+    hb_moe_set_n_threads(backend->context, n_threads);
 }
 
 static void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void *data) {
-    ggml_backend_cpu_set_abort_callback(((struct context *) backend->context)->inner, callback, data);
+    hb_moe_set_abort_callback(backend->context, callback, data);
 }
 
 static void *reg_proc_address(ggml_backend_reg_t reg, const char *name) {
@@ -331,7 +311,7 @@ void hobbit_buffer_type_free(void *buffer_type) {
 }
 
 static bool abort_callback(void *data) {
-    return hb_model_cancelled(data);
+    return __atomic_load_n((const int32_t *) data, __ATOMIC_RELAXED) != 0;
 }
 
 void *hobbit_abort_callback(void) {

@@ -37,14 +37,17 @@ static enum hobbit_status open_files(struct hb_catalog *c, const struct hobbit_o
     return HOBBIT_OK;
 }
 
+/* Sizes are kept far from where sums of a few of them could wrap. */
+#define MAX_FILE_SIZE ((uint64_t) INT64_MAX / 16)
+
 static bool within_file(const struct hobbit_matrix *m, int64_t n_expert, uint64_t file_size) {
     uint64_t bytes;
-    return m->expert_bytes > 0 && m->ne0 > 0 && m->ne1 > 0 &&
+    return file_size <= MAX_FILE_SIZE && m->expert_bytes > 0 && m->ne0 > 0 && m->ne1 > 0 &&
            !__builtin_mul_overflow(m->expert_bytes, (uint64_t) n_expert, &bytes) && bytes <= file_size &&
            m->offset <= file_size - bytes;
 }
 
-static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_options *o) {
+static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_options *o, char *err, size_t err_len) {
     c->groups = calloc((size_t) o->n_groups, sizeof *c->groups);
     if (c->groups == NULL) {
         return HOBBIT_NOMEM;
@@ -52,6 +55,7 @@ static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_o
     for (; c->n_groups < o->n_groups; c->n_groups++) {
         const struct hobbit_group *from = &o->groups[c->n_groups];
         if (from->n_expert < 1) {
+            snprintf(err, err_len, "layer %d has no experts", from->layer);
             return HOBBIT_FORMAT;
         }
         c->groups[c->n_groups] = (struct hb_group) {.layer = from->layer, .n_expert = from->n_expert};
@@ -83,7 +87,7 @@ static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit
         if (from->group < 0 || from->group >= c->n_groups || from->file < 0 || from->file >= c->n_files ||
             c->groups[from->group].n_matrices == HB_GROUP_MATRICES ||
             !within_file(from, c->groups[from->group].n_expert, o->files[from->file].size)) {
-            snprintf(err, err_len, "tensor %s does not lie within its file", from->name);
+            snprintf(err, err_len, "tensor %s does not lie within its file and layer", from->name);
             return HOBBIT_FORMAT;
         }
         *m = (struct hb_matrix) {.name = strdup(from->name), .group = from->group, .file = from->file,
@@ -95,6 +99,10 @@ static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit
         place(&c->groups[m->group], m, &c->files[m->file]);
     }
     for (int32_t g = 0; g < c->n_groups; g++) {
+        if (c->groups[g].n_matrices == 0) {
+            snprintf(err, err_len, "the experts of layer %d have no matrices", c->groups[g].layer);
+            return HOBBIT_FORMAT;
+        }
         /* Slots begin on pages, so that every offset above keeps its alignment in the arena. */
         c->groups[g].slot_bytes = round_up(c->groups[g].slot_bytes, HB_PAGE);
     }
@@ -105,7 +113,7 @@ enum hobbit_status hb_catalog_open(struct hb_catalog *c, const struct hobbit_opt
     *c = (struct hb_catalog) {0};
     enum hobbit_status status = open_files(c, o, err, err_len);
     if (status == HOBBIT_OK) {
-        status = add_groups(c, o);
+        status = add_groups(c, o, err, err_len);
     }
     if (status == HOBBIT_OK) {
         status = add_matrices(c, o, err, err_len);

@@ -6,8 +6,8 @@
  * `hobbit_model_stream` (a FILE* that skips expert data) with the expert tensors overridden to
  * a `hobbit_buffer_type_new`, and every context on that model computes its experts here.
  *
- * Threads: one computation at a time per model (contexts are serialised a layer at a time); stats, cancel and
- * last_error may be called from any thread. Close a model after every llama_context and llama_model on it.
+ * Threads: one computation at a time per model (contexts are serialised a layer at a time); stats and
+ * take_error may be called from any thread. Close a model after every llama_context and llama_model on it.
  */
 #ifndef HOBBIT_H
 #define HOBBIT_H
@@ -84,6 +84,7 @@ struct hobbit_options {
     int32_t n_files, n_matrices, n_groups, n_extents;
     int32_t io;         /* enum hobbit_io */
     int32_t io_threads; /* 0 = choose */
+    const int32_t *cancelled; /* while it is not 0, computations stop; outlives the model. NULL: never */
 };
 
 struct hobbit_pool {
@@ -137,8 +138,7 @@ int32_t hobbit_stream_close(void *file);
 void hobbit_model_stats(const struct hobbit_model *model, struct hobbit_stats *out);
 /* The last failed read as a sentence ("" if none), and forget it. */
 void hobbit_model_take_error(struct hobbit_model *model, char *err, size_t err_len);
-void hobbit_model_cancel(struct hobbit_model *model, int32_t on); /* running computations stop within a layer */
-void *hobbit_abort_callback(void); /* a ggml_abort_callback; its data is a hobbit_model */
+void *hobbit_abort_callback(void); /* a ggml_abort_callback; its data is an int32_t, as `cancelled` above */
 void hobbit_model_close(struct hobbit_model *model); /* joins the threads; NULL is fine */
 /* What a context (also one of a model loaded with no_alloc) holds outside our arena. */
 void hobbit_context_memory(const struct llama_context *ctx, struct hobbit_context_memory *out);

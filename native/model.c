@@ -36,7 +36,7 @@ struct hobbit_model {
     pthread_mutex_t error_lock; /* guards `error` */
     char error[ERROR_BYTES];
     struct hb_counters counters;
-    atomic_bool cancelled;
+    const int32_t *cancelled; /* the caller's, or NULL */
 };
 
 static enum hobbit_status copy_extents(struct hobbit_model *m, const struct hobbit_options *o) {
@@ -49,10 +49,10 @@ static enum hobbit_status copy_extents(struct hobbit_model *m, const struct hobb
         const struct hobbit_extent *from = &o->extents[m->n_extents];
         struct hobbit_extent *e = &m->extents[m->n_extents];
         bool in_file = from->source != HOBBIT_SOURCE_FILE || (from->file >= 0 && from->file < o->n_files);
-        if (from->offset != end || from->length == 0 || !in_file) {
+        if (from->offset != end || from->length == 0 || !in_file ||
+            __builtin_add_overflow(end, from->length, &end) || end > INT64_MAX) {
             return HOBBIT_FORMAT;
         }
-        end += from->length;
         *e = *from;
         e->data = NULL;
         if (from->source == HOBBIT_SOURCE_MEMORY) {
@@ -76,6 +76,7 @@ int32_t hobbit_model_open(const struct hobbit_options *o, struct hobbit_model **
     if (m == NULL) {
         return HOBBIT_NOMEM;
     }
+    m->cancelled = o->cancelled;
     pthread_mutex_init(&m->lock, NULL);
     pthread_mutex_init(&m->error_lock, NULL);
     enum hobbit_status status = hb_catalog_open(&m->catalog, o, err, err_len);
@@ -106,9 +107,17 @@ uint64_t hobbit_model_slot_bytes(const struct hobbit_model *m, int32_t group) {
 
 static bool pools_fit(const struct hobbit_model *m, const struct hobbit_pool *pools, int32_t n_pools,
                       const int32_t *pool_of_group) {
+    uint64_t total = 0, bytes;
+    for (int32_t p = 0; p < n_pools; p++) {
+        if (pools[p].n_slots < 1 ||
+            __builtin_mul_overflow(pools[p].slot_bytes, (uint64_t) pools[p].n_slots, &bytes) ||
+            __builtin_add_overflow(total, bytes, &total) || total > SIZE_MAX / 2) {
+            return false;
+        }
+    }
     for (int32_t g = 0; g < m->catalog.n_groups; g++) {
         int32_t p = pool_of_group[g];
-        if (p < 0 || p >= n_pools || pools[p].n_slots < 1 || pools[p].slot_bytes % HB_PAGE != 0 ||
+        if (p < 0 || p >= n_pools || pools[p].slot_bytes % HB_PAGE != 0 ||
             pools[p].slot_bytes < m->catalog.groups[g].slot_bytes) {
             return false;
         }
@@ -166,6 +175,8 @@ int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *
     m->arena_bytes = 0;
     for (int32_t p = 0; p < n_pools; p++) {
         m->arena_bytes += pools[p].slot_bytes * (uint64_t) pools[p].n_slots;
+    }
+    for (int32_t p = 0; p < n_pools; p++) {
         m->pools[p].loads = calloc((size_t) pools[p].n_slots, sizeof *m->pools[p].loads);
         if (m->pools[p].loads == NULL) {
             goto err;
@@ -214,12 +225,8 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m);
 }
 
-void hobbit_model_cancel(struct hobbit_model *m, int32_t on) {
-    atomic_store(&m->cancelled, on != 0);
-}
-
 bool hb_model_cancelled(const struct hobbit_model *m) {
-    return atomic_load(&m->cancelled);
+    return m->cancelled != NULL && __atomic_load_n(m->cancelled, __ATOMIC_RELAXED) != 0;
 }
 
 void hobbit_model_take_error(struct hobbit_model *m, char *err, size_t err_len) {
@@ -325,13 +332,19 @@ bool hb_model_fetch(struct hobbit_model *m, int32_t group, int32_t expert) {
     return true;
 }
 
-static void keep_error(struct hobbit_model *m, const struct hb_job *job) {
-    const char *reason = job->error == HB_SHORT_READ ? "the file ends there; did it change while in use?"
-                                                     : strerror(job->error);
+void hb_model_fail(struct hobbit_model *m, const char *reason) {
     pthread_mutex_lock(&m->error_lock);
-    snprintf(m->error, sizeof m->error, "reading %s at offset %llu failed: %s", m->catalog.paths[job->error_file],
-             (unsigned long long) job->error_offset, reason);
+    snprintf(m->error, sizeof m->error, "%s", reason);
     pthread_mutex_unlock(&m->error_lock);
+}
+
+/* `error` as in struct hb_job. */
+static void keep_read_error(struct hobbit_model *m, int error, int32_t file, uint64_t offset) {
+    const char *reason = error == HB_SHORT_READ ? "the file ends there; did it change while in use?" : strerror(error);
+    char text[ERROR_BYTES];
+    snprintf(text, sizeof text, "reading %s at offset %llu failed: %s", m->catalog.paths[file],
+             (unsigned long long) offset, reason);
+    hb_model_fail(m, text);
 }
 
 struct hb_arrival hb_model_arrival(struct hobbit_model *m, bool wait) {
@@ -347,7 +360,9 @@ struct hb_arrival hb_model_arrival(struct hobbit_model *m, bool wait) {
     const struct load *load = job->owner;
     bool failed = job->error != 0;
     if (failed) {
-        keep_error(m, job);
+        if (job->error != ECANCELED) {
+            keep_read_error(m, job->error, job->error_file, job->error_offset);
+        }
         hb_cache_failed(m->cache, load->group, load->expert);
     } else {
         hb_cache_loaded(m->cache, load->group, load->expert);
@@ -360,14 +375,24 @@ void hb_model_release(struct hobbit_model *m, int32_t group, int32_t expert) {
     hb_cache_pin(m->cache, group, expert, false);
 }
 
-enum hobbit_status hb_model_read(struct hobbit_model *m, const struct hb_matrix *matrix, void *dst, uint64_t offset,
-                                 size_t length) {
+void hb_model_withdraw(struct hobbit_model *m) {
+    hb_reader_withdraw(m->reader);
+}
+
+bool hb_model_read(struct hobbit_model *m, const struct hb_matrix *matrix, void *dst, uint64_t offset,
+                   size_t length) {
     struct hb_file file;
-    if (hb_file_open(&file, m->catalog.paths[matrix->file], false) != 0) {
-        return HOBBIT_IO;
-    }
     size_t done = 0;
-    int error = hb_file_read(&file, dst, length, matrix->offset + offset, &done);
-    hb_file_close(&file);
-    return error == 0 && done == length ? HOBBIT_OK : HOBBIT_IO;
+    int error = hb_file_open(&file, m->catalog.paths[matrix->file], false);
+    if (error == 0) {
+        error = hb_file_read(&file, dst, length, matrix->offset + offset, &done);
+        hb_file_close(&file);
+    }
+    if (error == 0 && done < length) {
+        error = HB_SHORT_READ;
+    }
+    if (error != 0) {
+        keep_read_error(m, error, matrix->file, matrix->offset + offset + done);
+    }
+    return error == 0;
 }

@@ -26,7 +26,6 @@ struct hb_arena {
     int32_t n_slots;
 };
 
-
 void hb_model_lock(struct hobbit_model *model);
 void hb_model_unlock(struct hobbit_model *model);
 bool hb_model_ready(const struct hobbit_model *model); /* the arena is allocated */
@@ -37,7 +36,7 @@ struct hb_arena hb_model_arena(const struct hobbit_model *model, int32_t group);
 int32_t hb_model_home(const struct hobbit_model *model, int32_t group); /* see hb_cache_home */
 bool hb_model_cancelled(const struct hobbit_model *model);
 
-/* With the lock held: */
+/* With the lock held; group and expert must exist: */
 /* Count the look-up; a cached expert is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, int32_t group, int32_t expert);
 /* Start reading a missing expert; false when every slot is pinned: release some first. */
@@ -50,7 +49,13 @@ struct hb_arrival {
 struct hb_arrival hb_model_arrival(struct hobbit_model *model, bool wait);
 void hb_model_release(struct hobbit_model *model, int32_t group, int32_t expert);
 
-/* Copy part of a matrix stack from its file, past the cache. */
-enum hobbit_status hb_model_read(struct hobbit_model *model, const struct hb_matrix *matrix, void *dst, uint64_t offset,
-                                 size_t length);
+/* Give back the reads that have not begun: they arrive as failed, without an error. */
+void hb_model_withdraw(struct hobbit_model *model);
+
+/* Copy part of a matrix stack from its file, past the cache. On failure the error is kept. */
+bool hb_model_read(struct hobbit_model *model, const struct hb_matrix *matrix, void *dst, uint64_t offset,
+                   size_t length);
+/* Keep a sentence for hobbit_model_take_error. */
+void hb_model_fail(struct hobbit_model *model, const char *reason);
+
 #endif

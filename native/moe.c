@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "model.h"
 #include "replica.h"
@@ -15,24 +16,37 @@
 enum { MISSING, LOADING, READY, DONE }; /* of an expert within a segment */
 
 struct hb_moe {
-    ggml_backend_t inner;
+    int n_threads;
+    ggml_abort_callback abort_callback;
+    void *abort_data;
+    struct hb_block work; /* ggml's */
     struct hb_routing routing;
     struct hb_replicas replicas;
     struct hb_block batch; /* pointers to the experts of one batch */
 };
 
-struct hb_moe *hb_moe_new(ggml_backend_t inner) {
+struct hb_moe *hb_moe_new(void) {
     struct hb_moe *moe = calloc(1, sizeof *moe);
     if (moe != NULL) {
-        moe->inner = inner;
+        moe->n_threads = GGML_DEFAULT_N_THREADS;
     }
     return moe;
+}
+
+void hb_moe_set_n_threads(struct hb_moe *moe, int n_threads) {
+    moe->n_threads = n_threads;
+}
+
+void hb_moe_set_abort_callback(struct hb_moe *moe, ggml_abort_callback callback, void *data) {
+    moe->abort_callback = callback;
+    moe->abort_data = data;
 }
 
 void hb_moe_free(struct hb_moe *moe) {
     if (moe != NULL) {
         hb_block_free(&moe->routing.memory);
         hb_block_free(&moe->batch);
+        hb_block_free(&moe->work);
         hb_replicas_free(&moe->replicas);
         free(moe);
     }
@@ -42,12 +56,20 @@ bool hb_moe_supports(const struct ggml_tensor *op) {
     return hb_shape_supports(op, hb_segment_is_streamed);
 }
 
+/* Not through a CPU backend object: that would allocate with C++'s new, and an exception must not leave our lock held. */
 static enum ggml_status run(struct hb_moe *moe, const struct hb_segment *s, struct ggml_tensor **nodes, int n_nodes) {
     struct ggml_cgraph graph = *s->graph; /* shares the use counts, which ggml's fusion asks for */
     graph.nodes = nodes;
     graph.n_nodes = n_nodes;
     uint64_t start = hb_now_ns();
-    enum ggml_status status = ggml_backend_graph_compute(moe->inner, &graph);
+    struct ggml_cplan plan = ggml_graph_plan(&graph, moe->n_threads, NULL);
+    if (!hb_block_reserve(&moe->work, plan.work_size)) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    plan.work_data = plan.work_size > 0 ? (uint8_t *) moe->work.data : NULL;
+    plan.abort_callback = moe->abort_callback;
+    plan.abort_callback_data = moe->abort_data;
+    enum ggml_status status = ggml_graph_compute(&graph, &plan);
     if (s->model != NULL) {
         atomic_fetch_add(&hb_model_counters(s->model)->compute_ns, hb_now_ns() - start);
     }
@@ -158,6 +180,9 @@ static enum ggml_status compute_batch(struct wave *w) {
 
 /* After a failure nothing may be left pinned or under way. */
 static void drain(struct wave *w) {
+    if (w->loading > 0) {
+        hb_model_withdraw(w->segment->model);
+    }
     while (w->loading > 0) {
         w->ready = 0;
         (void) collect(w);
@@ -208,11 +233,17 @@ static enum ggml_status compute_in_place(struct wave *w, struct hb_arena arena) 
 
 static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segment *s) {
     int32_t n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert;
-    if (!hb_model_ready(s->model) || !hb_routing_read(&moe->routing, s->ids, n_expert)) {
+    if (!hb_model_ready(s->model)) {
+        hb_model_fail(s->model, "the model has no expert cache yet");
+        return GGML_STATUS_FAILED;
+    }
+    if (!hb_routing_read(&moe->routing, s->ids, n_expert)) {
+        hb_model_fail(s->model, "the router chose an expert that does not exist: the model is damaged");
         return GGML_STATUS_FAILED;
     }
     struct hb_arena arena = hb_model_arena(s->model, s->group);
     if (!hb_replicas_begin(&moe->replicas, s, &moe->routing, arena)) {
+        hb_model_fail(s->model, "an expert layer of this model has more inputs than hobbit can handle");
         return GGML_STATUS_FAILED;
     }
     struct wave wave = {.moe = moe, .segment = s};

@@ -12,7 +12,6 @@
 
 #include <stdbool.h>
 
-#include "ggml-backend.h"
 #include "ggml.h"
 
 struct ggml_cgraph;
@@ -21,9 +20,10 @@ struct hb_moe;
 /* Whether we compute this operation: the single statement of what a split may hold. */
 bool hb_moe_supports(const struct ggml_tensor *op);
 
-/* `inner` does the computing, on host memory; it stays the caller's. NULL when memory is short. */
-struct hb_moe *hb_moe_new(ggml_backend_t inner);
+struct hb_moe *hb_moe_new(void); /* NULL when memory is short */
 void hb_moe_free(struct hb_moe *moe);
+void hb_moe_set_n_threads(struct hb_moe *moe, int n_threads);
+void hb_moe_set_abort_callback(struct hb_moe *moe, ggml_abort_callback callback, void *data);
 enum ggml_status hb_moe_compute(struct hb_moe *moe, const struct ggml_cgraph *graph);
 
 #endif

@@ -28,7 +28,11 @@ static bool probe(struct hb_file *file, uint32_t align) {
 static bool turn_on_direct(struct hb_file *file, const char *path) {
 #if defined(__APPLE__)
     (void) path;
-    return fcntl(file->fd, F_NOCACHE, 1) == 0 && probe(file, HB_PAGE);
+    if (fcntl(file->fd, F_NOCACHE, 1) == 0 && probe(file, HB_PAGE)) {
+        return true;
+    }
+    fcntl(file->fd, F_NOCACHE, 0);
+    return false;
 #else
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
     if (fd < 0) {
@@ -66,10 +70,14 @@ void hb_file_close(struct hb_file *file) {
     file->fd = -1;
 }
 
+/* macOS refuses more than INT_MAX bytes in a call. */
+#define MAX_CALL ((size_t) 1 << 30)
+
 int hb_file_read(const struct hb_file *file, void *dst, size_t length, uint64_t offset, size_t *done) {
     *done = 0;
     while (*done < length) {
-        ssize_t n = pread(file->fd, (char *) dst + *done, length - *done, (off_t) (offset + *done));
+        size_t ask = length - *done < MAX_CALL ? length - *done : MAX_CALL;
+        ssize_t n = pread(file->fd, (char *) dst + *done, ask, (off_t) (offset + *done));
         if (n < 0 && errno == EINTR) {
             continue;
         }
@@ -149,7 +157,7 @@ static int64_t stream_read(struct stream *s, char *dst, size_t length) {
 
 static int64_t stream_seek(struct stream *s, int64_t offset, int whence) {
     int64_t base = whence == SEEK_SET ? 0 : whence == SEEK_CUR ? (int64_t) s->position : (int64_t) s->size;
-    if (offset < -base) {
+    if (offset < -base || offset > INT64_MAX - base) {
         errno = EINVAL;
         return -1;
     }

@@ -183,6 +183,24 @@ struct hb_job *hb_reader_next(struct hb_reader *r, bool wait) {
     return job;
 }
 
+void hb_reader_withdraw(struct hb_reader *r) {
+    pthread_mutex_lock(&r->lock);
+    struct hb_job *job = r->queue_head, *begun = NULL;
+    if (job != NULL && (job->piece > 0 || job->position > 0)) {
+        begun = job;
+        job = job->next;
+        begun->next = NULL;
+    }
+    r->queue_head = r->queue_tail = begun;
+    while (job != NULL) {
+        struct hb_job *next = job->next;
+        job->error = ECANCELED;
+        append(&r->finished_head, &r->finished_tail, job);
+        job = next;
+    }
+    pthread_mutex_unlock(&r->lock);
+}
+
 void hb_reader_counters(struct hb_reader *r, uint64_t *bytes, uint64_t *calls) {
     pthread_mutex_lock(&r->lock);
     *bytes = r->bytes;

@@ -49,9 +49,13 @@ int hb_reader_open(struct hb_reader **out, int threads);
 /* Waits for submitted jobs, joins the threads. NULL is fine. */
 void hb_reader_close(struct hb_reader *reader);
 
+/* A job has at least one piece, and no piece is empty. */
 void hb_reader_submit(struct hb_reader *reader, struct hb_job *job);
 /* The next finished job; NULL when none has finished (and `wait` is false) or none is under way. */
 struct hb_job *hb_reader_next(struct hb_reader *reader, bool wait);
+
+/* Jobs of which nothing was read yet finish at once, with the error ECANCELED. */
+void hb_reader_withdraw(struct hb_reader *reader);
 
 void hb_reader_counters(struct hb_reader *reader, uint64_t *bytes, uint64_t *calls);
 

@@ -30,7 +30,7 @@ struct hb_replicas {
     } inputs[HB_REPLICA_INPUTS];
     int n_inputs;
     int64_t pair_bytes; /* of memory, a pair */
-    struct ggml_tensor tensors[3 * HB_SEGMENT_NODES + HB_REPLICA_INPUTS];
+    struct ggml_tensor tensors[3 * HB_SEGMENT_NODES + HB_REPLICA_INPUTS + 2];
     int n_tensors;
     struct ggml_tensor *of_node[HB_SEGMENT_NODES];
     struct ggml_tensor *nodes[HB_SEGMENT_NODES]; /* what to compute */

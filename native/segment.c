@@ -61,6 +61,13 @@ static bool needs_complete(const struct hb_segment *s, const struct ggml_tensor 
     return false;
 }
 
+/* Row for row with the routing of the segment. */
+static bool fits_routing(const struct hb_segment *s, const struct ggml_tensor *node) {
+    return s->ids == NULL || hb_shape_is_view(node) ||
+           (node->ne[1] == s->ids->ne[0] && node->ne[2] == s->ids->ne[1] &&
+            (node->op != GGML_OP_ADD_ID || node->src[2] == s->ids));
+}
+
 struct hb_segment hb_segment_next(const struct ggml_cgraph *graph, int begin) {
     struct hb_segment s = {.nodes = graph->nodes + begin, .graph = graph};
     for (int i = begin; i < graph->n_nodes && s.n_nodes < HB_SEGMENT_NODES; i++) {
@@ -77,6 +84,8 @@ struct hb_segment hb_segment_next(const struct ggml_cgraph *graph, int begin) {
             s.ids = node->src[2];
             s.group = w->matrix->group;
             s.model = w->model;
+        } else if (!fits_routing(&s, node)) {
+            break;
         }
         s.n_nodes++;
     }

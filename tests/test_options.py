@@ -9,6 +9,7 @@ import pytest
 
 from hobbit.cpus import physical_cores
 from hobbit.errors import UsageError
+from hobbit.generate import Sampling
 from hobbit.options import (
     DEMO_TOKENS,
     KV_TYPES,
@@ -18,6 +19,11 @@ from hobbit.options import (
     sampling,
     system_prompt,
 )
+
+
+def own(options: Options, **metadata: Any) -> Sampling:
+    """Resolve the sampling settings for a model with this metadata."""
+    return sampling(options, metadata.get)
 
 
 def test_model_and_prompt_of_the_words() -> None:
@@ -66,19 +72,19 @@ def test_system_prompt(tmp_path: Path) -> None:
 
 
 def test_sampling_has_the_defaults_of_llama_cpp() -> None:
-    got = sampling(Options(words=("m.gguf",)))
+    got = own(Options(words=("m.gguf",)))
     assert (got.temperature, got.top_k, got.top_p, got.min_p) == (0.8, 40, 0.95, 0.05)
     assert got.repeat_penalty == 1.0
     assert got.max_tokens is None
     assert got.seed is not None
     assert got.seed >= 0
-    assert sampling(Options(seed=0)).seed == 0
+    assert own(Options(seed=0)).seed == 0
 
 
 def test_token_limits() -> None:
-    assert sampling(Options()).max_tokens == DEMO_TOKENS
-    assert sampling(Options(predict=-1)).max_tokens is None
-    assert sampling(Options(predict=5)).max_tokens == 5
+    assert own(Options()).max_tokens == DEMO_TOKENS
+    assert own(Options(predict=-1)).max_tokens is None
+    assert own(Options(predict=5)).max_tokens == 5
 
 
 @pytest.mark.parametrize(
@@ -139,10 +145,20 @@ def test_gpu_layers(text: str, layers: int) -> None:
 
 def test_seed_must_not_be_negative() -> None:
     with pytest.raises(UsageError, match="--seed -2"):
-        sampling(Options(seed=-2))
+        Options(seed=-2)
 
 
-def test_to_dict_is_plain() -> None:
-    data = Options(file=Path("x"), words=("a",)).to_dict()
+def test_a_model_may_ask_for_its_own_sampling() -> None:
+    asked = {"general.sampling.temp": 0.25, "general.sampling.penalty_repeat": 1.25}
+    got = own(Options(top_k=7), **asked, **{"general.sampling.top_k": 3})
+    assert (got.temperature, got.repeat_penalty, got.top_k, got.top_p) == (0.25, 1.25, 7, 0.95)
+    assert own(Options(temp=0.0), **asked).temperature == 0.0
+
+
+def test_resolved_is_plain_and_complete() -> None:
+    options = Options(file=Path("x"), words=("a",), top_k=9)
+    data = options.resolved(own(options))
     assert json.loads(json.dumps(data)) == data
-    assert (data["file"], data["words"]) == ("x", ["a"])
+    assert (data["file"], data["words"], data["top_k"], data["temp"]) == ("x", ["a"], 9, 0.8)
+    assert data["seed"] >= 0
+    assert data["predict"] == -1
