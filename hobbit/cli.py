@@ -29,7 +29,6 @@ from .render import (
     Screen,
     mode_line,
     model_line,
-    private_stderr,
     resident_lines,
     run_report,
     stats_line,
@@ -50,7 +49,7 @@ app = typer.Typer(
     help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
     add_completion=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -68,12 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; no exception leaves here."""
     signal.signal(signal.SIGTERM, _on_sigterm)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # it is a TextIOWrapper
-    with private_stderr():
-        try:
-            code = app(args=arguments, standalone_mode=False, prog_name="hobbit")
-            return code if isinstance(code, int) else 0
-        except BaseException as exc:  # the last resort: whatever it is, one line and an exit code
-            return _report(exc)
+    try:
+        code = app(args=arguments, standalone_mode=False, prog_name="hobbit")
+        return code if isinstance(code, int) else 0
+    except BaseException as exc:  # the last resort: whatever it is, one line and an exit code
+        return _report(exc)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
@@ -127,6 +125,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback(epilog="Every flag can also be given as HOBBIT_<NAME>, as in HOBBIT_CTX_SIZE=8192.")
 def _options(
+    context: typer.Context,
     show_version: Annotated[
         bool,
         typer.Option(
@@ -134,7 +133,8 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def _flag(*names: str, help: str = "", hidden: bool = False, **more: Any) -> Any:
@@ -160,7 +160,7 @@ def _dead(*names: str) -> Any:
     return typer.Option(*names, hidden=True, callback=_refuse)
 
 
-@app.command(no_args_is_help=False)
+@app.command()
 def run(
     words: Annotated[
         list[str] | None,
@@ -301,7 +301,9 @@ def verify(
 
     screen = Screen(quiet)
     try:
-        path = _model_path(Options(model=model), screen)
+        options = Options(model=model)
+        _check_name(options)
+        path = _model_path(options, screen)
         job = replace(Job(), n_threads=threads or physical_cores())
         rows = compare(path, job=job, on_progress=screen.say)
     except KeyboardInterrupt as exc:
@@ -318,6 +320,7 @@ def _run(options: Options) -> int:
     from .options import DEMO_PROMPT, read_prompt, sampling, system_prompt
 
     screen = Screen(options.quiet, options.color)
+    _check_name(options)
     text = read_prompt(options, _stdin(screen))
     system = system_prompt(options)
     path = _model_path(options, screen)
@@ -376,6 +379,19 @@ def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
     return interruptible(load)
 
 
+def _check_name(options: Options) -> None:
+    """Refuse a word that cannot be meant as a path, with an answer about names."""
+    name = options.model_name
+    if name is None or options.is_demo:
+        return
+    path = Path(name).expanduser()
+    if not path.exists() and path.suffix != ".gguf" and len(path.parts) == 1:
+        raise ModelError(
+            f"no model is called {name!r}: name a .gguf file, a Hugging Face repository with -hf, "
+            "or demo, the built-in model"
+        )
+
+
 def _model_path(options: Options, screen: Screen) -> Path:
     if options.hf_repo:
         from .hub import fetch
@@ -390,14 +406,7 @@ def _model_path(options: Options, screen: Screen) -> Path:
         screen.say(f"the demo model is made once, in {demo.path().parent}")
         with screen.progress() as report:
             return demo.ensure(report)
-    path = Path(name).expanduser()
-    # A word that cannot be meant as a path gets an answer about names.
-    if not path.exists() and path.suffix != ".gguf" and len(path.parts) == 1:
-        raise ModelError(
-            f"no model is called {name!r}: name a .gguf file, a Hugging Face repository with -hf, "
-            "or demo, the built-in model"
-        )
-    return path
+    return Path(name).expanduser()
 
 
 def _stdin(screen: Screen) -> TextIO | None:

@@ -246,7 +246,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _scratch_bytes(self) -> int:
         """Upper bound of the plugin's work space for one ubatch."""
-        tokens, used = self._context_params().n_ubatch, self.layout.n_expert_used
+        tokens: int = self._context_params().n_ubatch
+        used = self.layout.n_expert_used
         row = 0
         for group in self.layout.groups:
             widths = [matrix.ne1 for matrix in group.matrices]

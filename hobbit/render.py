@@ -23,26 +23,11 @@ _GIB = 1 << 30
 _PROGRESS_INTERVAL_S = 10
 
 
-_own_stderr: TextIO | None = None
-
-
-@contextmanager
-def private_stderr() -> Iterator[None]:
-    """Give screens a stderr of their own: llama-cpp-python closes the process's while it loads."""
-    global _own_stderr
-    with open(os.dup(2), "w", buffering=1, errors="backslashreplace") as stream:
-        _own_stderr = stream
-        try:
-            yield
-        finally:
-            _own_stderr = None
-
-
 class Screen:
     """Stderr: dim lines on a terminal, plain lines elsewhere, nothing when quiet."""
 
     def __init__(self, quiet: bool = False, color: str = "auto", stream: TextIO | None = None):
-        self.stream = stream or _own_stderr or sys.stderr
+        self.stream = stream or sys.stderr
         self.quiet = quiet
         self.terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         wanted = self.terminal and "NO_COLOR" not in os.environ

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class Bench:
 
     def arch(self, arch: str, **changes: Any) -> Path:
         """Return the tiny model of an architecture."""
-        name = "-".join([arch, *(f"{key}={value}" for key, value in changes.items())])
+        name = f"{arch}-{zlib.crc32(repr(changes).encode()):08x}" if changes else arch
         return self.model(name, lambda path: tiny.make(path, arch, **changes))
 
     def stock(self, path: Path, job: Job = JOB) -> Logits:

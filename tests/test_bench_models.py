@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import benchmodels
 import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "bench"))
-
-import benchmodels
 import tiny
 from benchmodels import SHAPES
 from gguf import GGMLQuantizationType as Type

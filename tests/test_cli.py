@@ -160,6 +160,8 @@ def test_grammar(model: Path) -> None:
 
 ERRORS: list[tuple[tuple[str, ...], int, str]] = [
     (("run", "no-such-model", "x"), 3, "no model is called 'no-such-model'"),
+    (("run", "no-such-model"), 3, "no model is called 'no-such-model'"),
+    (("verify", "no-such-model"), 3, "no model is called 'no-such-model'"),
     (("run", "no-such.gguf", "x"), 3, "no-such.gguf: no such file"),
     (("run", "{folder}", "x"), 3, "is a folder"),
     (("run", "{text}", "x"), 3, "is not a GGUF file"),
@@ -256,7 +258,7 @@ def test_an_endless_stdin_is_announced(model: Path) -> None:
 def test_version_and_help() -> None:
     done = hobbit("--version")
     assert re.match(r"hobbit \d+\.\d+\.\d+ \(llama-cpp-python [\d.]+\)\n$", done.stdout)
-    for arguments in (("--help",), ("run", "-h"), ("verify", "--help")):
+    for arguments in ((), ("--help",), ("run", "-h"), ("verify", "--help")):
         done = hobbit(*arguments)
         assert done.returncode == 0
         assert "Usage: hobbit" in done.stdout

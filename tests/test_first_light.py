@@ -10,13 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "bench"))
-
 import benchmodels
 import cgroup
 import first_light
+import pytest
 
 from hobbit.errors import HobbitError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -61,6 +62,15 @@ def test_several_sequences(arch: str, bench: Bench) -> None:
     check(path, bench.stock(path, SEVERAL), "floor", SEVERAL)
 
 
+@pytest.mark.parametrize("arch", tiny.DIFFUSION)
+def test_diffusion(arch: str, bench: Bench) -> None:
+    """These attend in both directions: a prompt is one ubatch, and nothing is decoded after it."""
+    job = replace(JOB, n_prompt=48, n_ubatch=48, n_decode=0)
+    path = bench.arch(arch)
+    for cache in ("floor", "all"):
+        check(path, bench.stock(path, job), cache, job)
+
+
 @pytest.mark.parametrize("kind", tiny.TYPES)
 def test_expert_type(kind: str, bench: Bench) -> None:
     """256-wide rows, which the k- and i-quants need."""
@@ -89,7 +99,7 @@ def with_nextn(shapes: tiny.Shapes) -> tiny.Shapes:
     }
 
 
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     # A layer has one matrix for gate and up.
     "fused": {"arch": "qwen3moe", "fused": True},
     "fused-deepseek": {"arch": "deepseek2", "fused": True},
@@ -130,6 +140,14 @@ FEATURES = {
         "kv": {"deepseek2.expert_group_count": 4, "deepseek2.expert_group_used_count": 2},
     },
     "no-routing-norm": {"arch": "deepseek2", "kv": {"deepseek2.expert_weights_norm": False}},
+    # Each layer has a size and a top-k of its own, so each is a pool of its own.
+    "layers-differ": {
+        "arch": "nemotron_h_moe", "n_layer": 5,
+        "kv": {
+            "nemotron_h_moe.expert_used_count": [0, 0, 3, 1, 2],
+            "nemotron_h_moe.expert_feed_forward_length": [0, 0, 128, 64, 96],
+        },
+    },
     "tied-output": {
         "arch": "llama",
         "edit": lambda shapes: {k: v for k, v in shapes.items() if k != "output.weight"},

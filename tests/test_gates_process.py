@@ -27,7 +27,15 @@ from gates import (
 )
 
 import hobbit
-from hobbit.stock import Job, Logits, empty_logits, further_context, steps
+from hobbit.stock import (
+    Job,
+    Logits,
+    collect,
+    empty_logits,
+    further_context,
+    plain_llama,
+    steps,
+)
 
 SHORT = replace(JOB, n_prompt=40, n_decode=12)
 
@@ -80,7 +88,7 @@ def test_two_threads(pair: tuple[str, str], bench: Bench) -> None:
             for _ in range(4):
                 assert_same(expected[arch], run(llm, SHORT), arch)
 
-    in_threads(*(lambda arch=arch: work(arch) for arch in pair))  # type: ignore[misc]
+    in_threads(*(lambda arch=arch: work(arch) for arch in pair))
 
 
 def test_two_threads_on_one_model(bench: Bench) -> None:
@@ -160,6 +168,16 @@ def test_experts_that_the_graph_never_uses(bench: Bench) -> None:
     with opened(path, "floor") as llm:
         assert_same(bench.stock(path), run(llm))
         assert llm.stats.read_bytes == 0
+
+
+def test_plain_llama_beside(bench: Bench) -> None:
+    """hobbit's device joins every context of the process, and leaves stock's results alone."""
+    path = bench.arch("gpt-oss")
+    expected = bench.stock(path, SHORT)
+    with opened(path, "floor", SHORT) as llm:
+        with plain_llama(str(path), SHORT.llama_arguments()) as plain:
+            assert_same(expected, collect(plain, SHORT))
+        assert_same(expected, run(llm, SHORT))
 
 
 def test_dense_model(bench: Bench) -> None:

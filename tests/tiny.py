@@ -49,9 +49,9 @@ class U64(int):
     """An integer that is written as uint64."""
 
 
-# Every architecture with routed experts that decodes causally. Left out: llada-moe and rnd1
-# (diffusion models: llama.cpp refuses a prompt longer than the ubatch), nomic-bert-moe (an
-# encoder), graniteswitch (needs adapters), refact (its graph never uses the experts it loads).
+# Every architecture with routed experts that decodes causally. Left out: nomic-bert-moe (an
+# encoder, tested through its embeddings), graniteswitch (needs adapters), refact (its graph never
+# uses the experts it loads).
 ARCHS = _words("""
     afmoe arctic bailingmoe bailingmoe2 bailingmoe3 cohere2moe dbrx deepseek deepseek2
     deepseek32 deepseek4 dots1 dots3note ernie4_5-moe exaone-moe gemma4 glm-dsa glm4moe
@@ -60,6 +60,9 @@ ARCHS = _words("""
     minimax-01 minimax-m2 minimax-m3 mistral3 mistral4 nemotron_h_moe olmoe phimoe qwen2moe
     qwen35moe qwen3moe qwen3next qwen3vlmoe qwen4exp smallthinker step35
 """)
+
+# Those that attend in both directions.
+DIFFUSION = ["llada-moe", "rnd1"]
 
 # Every type that llama.cpp multiplies by.
 TYPES = _words("""
@@ -517,7 +520,7 @@ def quantize(values: npt.NDArray[Any], kind: Q | int) -> npt.NDArray[Any]:
 
 def block_width(kind: str) -> int:
     """Return how many elements a block of the type has: rows must be a multiple."""
-    return gguf.GGML_QUANT_SIZES[_type(kind)][0]
+    return int(gguf.GGML_QUANT_SIZES[_type(kind)][0])
 
 
 _Q2_0 = 42

@@ -14,10 +14,23 @@ FOLDERS = ("ggml/include/", "ggml/src/", "include/", "src/")
 
 
 def download(version: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     command += ["--no-binary", "llama-cpp-python", "--no-build-isolation", "--dest", str(folder)]
-    if subprocess.run([*command, f"llama-cpp-python=={version}"], stdout=sys.stderr).returncode != 0:
-        sys.exit(f"the sdist of llama-cpp-python {version}, whose headers are needed, cannot be downloaded by pip")
+    if (
+        subprocess.run([*command, f"llama-cpp-python=={version}"], stdout=sys.stderr).returncode
+        != 0
+    ):
+        sys.exit(
+            f"the sdist of llama-cpp-python {version}, whose headers are needed, cannot be downloaded by pip"
+        )
     return next(folder.glob("*.tar.gz"))
 
 
@@ -26,7 +39,9 @@ def extract(sdist: Path, target: Path) -> None:
     with tarfile.open(sdist) as archive:
         for member in archive:
             _, found, path = member.name.partition("/vendor/llama.cpp/")
-            is_header = found and path.startswith(FOLDERS) and path.endswith(".h") and ".." not in path
+            is_header = (
+                found and path.startswith(FOLDERS) and path.endswith(".h") and ".." not in path
+            )
             source = archive.extractfile(member) if is_header else None
             if source is not None:
                 out = target / path

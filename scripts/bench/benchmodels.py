@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return int(np.prod(self.shape, dtype=np.int64)) // block * size
+        return int(np.prod(self.shape, dtype=np.int64) // block * size)
 
 
 def write_model(
@@ -343,8 +343,8 @@ def synthetic_tensors(shape: Shape, kind: Type) -> list[Tensor]:
         return Tensor(f"{name}.weight", (length,), Type.F32, lambda: iter([ones]))
 
     tensors = [
-        # Larger than what attention adds in all layers: else its mean over the context, which hardly
-        # changes from token to token, decides the routing, and a cache hits nearly always.
+        # Larger than what attention adds in all layers: else its mean over the context, which
+        # hardly changes from token to token, decides the routing, and a cache hits nearly always.
         matrix("token_embd", s.n_vocab, s.n_embd, sigma=4.0),
         norm("output_norm", s.n_embd),
         matrix("output", s.n_vocab, s.n_embd),

@@ -39,7 +39,7 @@ class Job:
     text: str  # a file, or "" for random tokens
     seed: int
     prompt: int  # tokens in one batch; 0 = feed every token alone
-    warm_up: int  # with a prompt: passes over it; without one: tokens
+    warm_up: int  # with a prompt: passes over all tokens; without one: tokens
     decode: int
     hashed: int  # how many steps' logits the digest covers
 
@@ -122,7 +122,7 @@ def measure(llm: Any, job: Job) -> dict[str, Any]:
     prompt_s = None
     if job.prompt:
         for _ in range(job.warm_up):
-            feeder.feed(tokens[: job.prompt])
+            feeder.feed(tokens)  # the decoded ones too: their experts are to be cached as well
             feeder.forget()
         warm = counters(llm)
         prompt_s = feeder.feed(tokens[: job.prompt])

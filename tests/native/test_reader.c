@@ -1,0 +1,381 @@
+/* Description: the reader brings every byte to its place, whatever the alignment, and reports what it cannot. */
+#include "reader.h"
+
+#include <errno.h>
+
+#include "faults.h"
+#include "files.h"
+
+#define MIB ((size_t) 1 << 20)
+#define FILE_SIZE (9 * MIB + 1234)
+#define GUARD ((size_t) 2 * HB_PAGE)
+#define GUARD_BYTE 0xa5
+
+static const char *path;
+
+/* A job of one to four pieces with memory of its own; guards around each piece. */
+struct task {
+    struct hb_job job;
+    char *memory[HB_JOB_PIECES];
+};
+
+static struct hb_file open_file(bool direct) {
+    struct hb_file file;
+    CHECK_EQUAL(hb_file_open(&file, path, direct), 0);
+    return file;
+}
+
+static size_t memory_size(const struct hb_piece *piece) {
+    return (piece->length + 3 * GUARD + HB_PAGE) / HB_PAGE * HB_PAGE;
+}
+
+static void add_piece(struct task *t, const struct hb_file *file, uint64_t offset, size_t length, bool bounce) {
+    int i = t->job.n_pieces++;
+    struct hb_piece *piece = &t->job.pieces[i];
+    *piece = (struct hb_piece) {.file = file, .file_index = 10 + i, .bounce = bounce, .offset = offset,
+                                .length = length};
+    t->memory[i] = aligned_alloc(HB_PAGE, memory_size(piece));
+    CHECK(t->memory[i] != NULL);
+    memset(t->memory[i], GUARD_BYTE, memory_size(piece));
+    piece->dst = t->memory[i] + GUARD + (bounce ? 13 : offset % file->align);
+}
+
+/* Right bytes, and nothing written further than the aligned superset. */
+static void check_task(const struct task *t) {
+    for (int i = 0; i < t->job.n_pieces; i++) {
+        const struct hb_piece *p = &t->job.pieces[i];
+        CHECK(file_equals(p->dst, p->offset, p->length));
+        size_t slack = p->bounce ? 0 : p->file->align - 1;
+        const char *end = t->memory[i] + memory_size(p);
+        for (const char *c = t->memory[i]; c < p->dst - slack; c++) {
+            CHECK((unsigned char) *c == GUARD_BYTE);
+        }
+        for (const char *c = p->dst + p->length + slack; c < end; c++) {
+            CHECK((unsigned char) *c == GUARD_BYTE);
+        }
+    }
+}
+
+static void free_task(struct task *t) {
+    for (int i = 0; i < t->job.n_pieces; i++) {
+        free(t->memory[i]);
+    }
+    *t = (struct task) {0};
+}
+
+static struct hb_reader *open_reader(int threads) {
+    struct hb_reader *r = NULL;
+    CHECK_EQUAL(hb_reader_open(&r, threads), 0);
+    return r;
+}
+
+static size_t random_length(uint64_t *seed, uint64_t offset) {
+    static const size_t lengths[] = {1, 31, 511, 512, 4096, 4097, 70000, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 5 * MIB};
+    size_t length = lengths[check_random(seed, sizeof lengths / sizeof lengths[0])];
+    return length < FILE_SIZE - offset ? length : FILE_SIZE - offset;
+}
+
+static void read_many(bool direct, bool bounce, int threads) {
+    enum { N = 24 };
+    static struct task tasks[N];
+    uint64_t seed = 7, wanted = 0, bytes, calls, pieces = 0;
+    struct hb_file file = open_file(direct);
+    struct hb_reader *r = open_reader(threads);
+    for (int i = 0; i < N; i++) {
+        int n = 1 + (int) check_random(&seed, HB_JOB_PIECES);
+        for (int k = 0; k < n; k++, pieces++) {
+            uint64_t offset = check_random(&seed, FILE_SIZE);
+            offset -= check_random(&seed, 2) * (offset % HB_PAGE);
+            add_piece(&tasks[i], &file, offset, random_length(&seed, offset), bounce);
+            wanted += tasks[i].job.pieces[k].length;
+        }
+        tasks[i].job.owner = &tasks[i];
+        hb_reader_submit(r, &tasks[i].job);
+    }
+    for (int i = 0; i < N; i++) {
+        struct hb_job *job = hb_reader_next(r, true);
+        CHECK(job != NULL);
+        CHECK_EQUAL(job->error, 0);
+        check_task(job->owner);
+        free_task(job->owner);
+    }
+    CHECK(hb_reader_next(r, true) == NULL);
+    hb_reader_counters(r, &bytes, &calls);
+    CHECK_EQUAL(bytes, wanted);
+    CHECK(calls >= pieces);
+    hb_reader_close(r);
+    hb_file_close(&file);
+}
+
+static void buffered_reads_are_exact(void) {
+    read_many(false, false, 1);
+    read_many(false, false, 3);
+    read_many(false, true, 2);
+}
+
+static bool direct_works(void) {
+    struct hb_file file = open_file(true);
+    bool works = file.direct;
+    hb_file_close(&file);
+    return works;
+}
+
+static void direct_reads_are_exact(void) {
+    if (!direct_works()) {
+        printf("  no direct reads here: skipped\n");
+        return;
+    }
+    read_many(true, false, 1);
+    read_many(true, false, 3);
+    read_many(true, true, 2);
+}
+
+static int read_one(struct hb_reader *r, struct task *t) {
+    hb_reader_submit(r, &t->job);
+    CHECK(hb_reader_next(r, true) == &t->job);
+    return t->job.error;
+}
+
+static void pieces_may_end_with_the_file(void) {
+    for (int direct = 0; direct < 2; direct++) {
+        struct hb_file file = open_file(direct);
+        struct hb_reader *r = open_reader(1);
+        struct task t = {0};
+        add_piece(&t, &file, FILE_SIZE - 5000, 5000, false);
+        add_piece(&t, &file, FILE_SIZE - 3 * MIB, 3 * MIB, true);
+        CHECK_EQUAL(read_one(r, &t), 0);
+        check_task(&t);
+        free_task(&t);
+        hb_reader_close(r);
+        hb_file_close(&file);
+    }
+}
+
+static void the_end_of_the_file_inside_a_piece_is_reported(void) {
+    for (int direct = 0; direct < 2; direct++) {
+        struct hb_file file = open_file(direct);
+        struct hb_reader *r = open_reader(2);
+        struct task bad = {0}, good = {0};
+        add_piece(&bad, &file, 100, 100, false);
+        add_piece(&bad, &file, FILE_SIZE - 100, 101, false);
+        add_piece(&good, &file, 0, 5000, false);
+        CHECK_EQUAL(read_one(r, &bad), HB_SHORT_READ);
+        CHECK_EQUAL(bad.job.error_file, 11);
+        CHECK_EQUAL(bad.job.error_offset, FILE_SIZE - 100);
+        CHECK_EQUAL(read_one(r, &good), 0);
+        check_task(&good);
+        free_task(&bad);
+        add_piece(&bad, &file, FILE_SIZE + 10 * MIB, 5, true); /* far beyond the end */
+        CHECK_EQUAL(read_one(r, &bad), HB_SHORT_READ);
+        free_task(&bad);
+        free_task(&good);
+        hb_reader_close(r);
+        hb_file_close(&file);
+    }
+}
+
+/* --- faults below --- */
+
+static ssize_t fail_around_five_mib(int fd, void *dst, size_t length, off_t offset) {
+    if (offset <= (off_t) (5 * MIB) && (off_t) (5 * MIB) < offset + (off_t) length) {
+        errno = EIO;
+        return -1;
+    }
+    return faults_real_pread(fd, dst, length, offset);
+}
+
+static void failed_reads_are_reported_and_the_rest_arrives(void) {
+    struct hb_file file = open_file(false);
+    struct hb_reader *r = open_reader(2);
+    faults_pread = fail_around_five_mib;
+    struct task bad = {0}, good = {0};
+    add_piece(&bad, &file, 0, 1000, false);
+    add_piece(&bad, &file, MIB, 6 * MIB, false); /* its third block fails */
+    add_piece(&good, &file, 6 * MIB, 3 * MIB, false);
+    hb_reader_submit(r, &bad.job);
+    hb_reader_submit(r, &good.job);
+    for (int i = 0; i < 2; i++) {
+        struct hb_job *job = hb_reader_next(r, true);
+        CHECK_EQUAL(job->error, job == &bad.job ? EIO : 0);
+    }
+    CHECK_EQUAL(bad.job.error_file, 11);
+    CHECK(bad.job.error_offset > 3 * MIB && bad.job.error_offset <= 5 * MIB);
+    check_task(&good);
+    faults_pread = NULL;
+    CHECK_EQUAL(read_one(r, &bad), 0); /* a job can be submitted again */
+    check_task(&bad);
+    free_task(&bad);
+    free_task(&good);
+    hb_reader_close(r);
+    hb_file_close(&file);
+}
+
+static atomic_int hook_calls;
+
+static ssize_t short_and_interrupted(int fd, void *dst, size_t length, off_t offset) {
+    if (atomic_fetch_add(&hook_calls, 1) % 3 == 0) {
+        errno = EINTR;
+        return -1;
+    }
+    return faults_real_pread(fd, dst, length > 60000 ? 59904 : length, offset); /* 59904 = 117 * 512 */
+}
+
+static void short_and_interrupted_reads_are_completed(void) {
+    for (int direct = 0; direct < 2; direct++) {
+        struct hb_file file = open_file(direct);
+        if (file.align <= 512) {
+            struct hb_reader *r = open_reader(2);
+            struct task t = {0};
+            add_piece(&t, &file, 12345, 3 * MIB, false);
+            add_piece(&t, &file, 54321, MIB, true);
+            faults_pread = short_and_interrupted;
+            CHECK_EQUAL(read_one(r, &t), 0);
+            faults_pread = NULL;
+            check_task(&t);
+            free_task(&t);
+            hb_reader_close(r);
+        }
+        hb_file_close(&file);
+    }
+}
+
+static ssize_t slow(int fd, void *dst, size_t length, off_t offset) {
+    usleep(20000);
+    return faults_real_pread(fd, dst, length, offset);
+}
+
+static void waiting_and_not_waiting(void) {
+    struct hb_file file = open_file(false);
+    struct hb_reader *r = open_reader(2);
+    CHECK(hb_reader_next(r, false) == NULL);
+    CHECK(hb_reader_next(r, true) == NULL); /* nothing under way: does not wait */
+    faults_pread = slow;
+    struct task tasks[4] = {0};
+    for (int i = 0; i < 4; i++) {
+        add_piece(&tasks[i], &file, (uint64_t) i * MIB, 1000, false);
+        hb_reader_submit(r, &tasks[i].job);
+    }
+    CHECK(hb_reader_next(r, false) == NULL);
+    for (int i = 0; i < 4; i++) {
+        struct hb_job *job = hb_reader_next(r, true);
+        CHECK(job != NULL && job->error == 0);
+    }
+    faults_pread = NULL;
+    for (int i = 0; i < 4; i++) {
+        check_task(&tasks[i]);
+        free_task(&tasks[i]);
+    }
+    hb_reader_close(r);
+    hb_file_close(&file);
+}
+
+static void closing_waits_for_what_is_under_way(void) {
+    for (int threads = 1; threads <= 3; threads++) {
+        struct hb_file file = open_file(false);
+        struct hb_reader *r = open_reader(threads);
+        faults_pread = slow;
+        struct task tasks[6] = {0};
+        for (int i = 0; i < 6; i++) {
+            add_piece(&tasks[i], &file, (uint64_t) i * MIB, 1000, i % 2 == 0);
+            hb_reader_submit(r, &tasks[i].job);
+        }
+        hb_reader_close(r);
+        faults_pread = NULL;
+        for (int i = 0; i < 6; i++) {
+            check_task(&tasks[i]);
+            free_task(&tasks[i]); /* nobody may touch it now */
+        }
+        hb_file_close(&file);
+    }
+}
+
+static void failing_to_start_is_an_error(void) {
+    for (int n = 1; n <= 4; n++) {
+        struct hb_reader *r = NULL;
+        atomic_store(&faults_thread, n);
+        CHECK_EQUAL(hb_reader_open(&r, 4), EAGAIN);
+        CHECK(r == NULL);
+    }
+    atomic_store(&faults_thread, 0);
+    struct hb_reader *r = NULL;
+    atomic_store(&faults_allocation, 1);
+    CHECK_EQUAL(hb_reader_open(&r, 4), ENOMEM);
+    CHECK(r == NULL);
+    hb_reader_close(NULL);
+}
+
+static void a_thread_without_its_buffer_reads_in_place_only(void) {
+    struct hb_file file = open_file(false);
+    struct task t = {0}, bounced = {0};
+    add_piece(&t, &file, 5, 3 * MIB, false);
+    add_piece(&bounced, &file, 5, 100, true);
+    atomic_store(&faults_allocation, 2); /* the first is the reader itself */
+    struct hb_reader *r = open_reader(1);
+    CHECK_EQUAL(read_one(r, &t), 0);
+    check_task(&t);
+    CHECK_EQUAL(read_one(r, &bounced), ENOMEM);
+    atomic_store(&faults_allocation, 0);
+    free_task(&t);
+    free_task(&bounced);
+    hb_reader_close(r);
+    hb_file_close(&file);
+}
+
+/* A reader that does no I/O shows what is lost or doubled under load. */
+static ssize_t null_read(int fd, void *dst, size_t length, off_t offset) {
+    (void) fd, (void) dst, (void) offset;
+    return (ssize_t) length;
+}
+
+static void no_job_is_lost_or_doubled(void) {
+    enum { N = 64, ROUNDS = 40 };
+    struct hb_file file = open_file(false);
+    struct hb_reader *r = open_reader(4);
+    static struct hb_job jobs[N];
+    static int submitted[N], finished[N];
+    static char sink[64];
+    uint64_t seed = 3, expected = 0, bytes, calls;
+    faults_pread = null_read;
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int i = 0; i < N; i++) {
+            jobs[i] = (struct hb_job) {.n_pieces = 1 + (int32_t) check_random(&seed, HB_JOB_PIECES)};
+            for (int k = 0; k < jobs[i].n_pieces; k++) {
+                uint64_t offset = check_random(&seed, 1 << 30);
+                size_t length = 1 + check_random(&seed, 7 * (uint32_t) MIB);
+                jobs[i].pieces[k] = (struct hb_piece) {.file = &file, .offset = offset, .length = length, .dst = sink};
+                expected += length;
+            }
+            hb_reader_submit(r, &jobs[i]);
+            submitted[i]++;
+            struct hb_job *done = hb_reader_next(r, false);
+            finished[done != NULL ? done - jobs : 0] += done != NULL;
+        }
+        for (struct hb_job *done; (done = hb_reader_next(r, true)) != NULL;) {
+            finished[done - jobs]++;
+        }
+        CHECK(memcmp(submitted, finished, sizeof submitted) == 0);
+    }
+    faults_pread = NULL;
+    hb_reader_counters(r, &bytes, &calls);
+    CHECK_EQUAL(bytes, expected);
+    hb_reader_close(r);
+    hb_file_close(&file);
+}
+
+int main(void) {
+    path = file_make(FILE_SIZE);
+    int open_before = files_open();
+    RUN(buffered_reads_are_exact);
+    RUN(direct_reads_are_exact);
+    RUN(pieces_may_end_with_the_file);
+    RUN(the_end_of_the_file_inside_a_piece_is_reported);
+    RUN(failed_reads_are_reported_and_the_rest_arrives);
+    RUN(short_and_interrupted_reads_are_completed);
+    RUN(waiting_and_not_waiting);
+    RUN(closing_waits_for_what_is_under_way);
+    RUN(failing_to_start_is_an_error);
+    RUN(a_thread_without_its_buffer_reads_in_place_only);
+    RUN(no_job_is_lost_or_doubled);
+    CHECK_EQUAL(files_open(), open_before);
+    return 0;
+}
