@@ -32,7 +32,8 @@ class Job:
     """What both arms decode: random tokens, so that the routing varies, with every logit kept.
 
     Each of `n_seq` sequences has its own tokens; they share every batch. The prompt is longer than
-    the ubatch, so that one decode call takes several.
+    the ubatch, so that one decode call takes several. Without `all_logits` only the prompt's last
+    token has logits, as when generating: the last layer then computes nothing for most ubatches.
     """
 
     n_prompt: int = 80
@@ -41,6 +42,7 @@ class Job:
     n_seq: int = 1
     n_threads: int = 2
     seed: int = 0
+    all_logits: bool = True
 
     @property
     def n_ctx(self) -> int:
@@ -102,7 +104,7 @@ def _decode(context: Any, n_vocab: int, job: Job) -> Logits:
 
 def empty_logits(n_vocab: int, job: Job) -> Logits:
     """Return room for what `steps` fills in."""
-    return np.empty((job.n_prompt + job.n_decode, job.n_seq, n_vocab), dtype=np.float32)
+    return np.zeros((job.n_prompt + job.n_decode, job.n_seq, n_vocab), dtype=np.float32)
 
 
 def steps(context: Any, job: Job, logits: Logits) -> Iterator[None]:
@@ -110,7 +112,8 @@ def steps(context: Any, job: Job, logits: Logits) -> Iterator[None]:
     tokens = job.tokens(logits.shape[2])
     batch = api.llama_batch_init(job.n_prompt * job.n_seq, 0, 1)
     try:
-        _step(context, batch, tokens, range(job.n_prompt), logits)
+        first = 0 if job.all_logits else job.n_prompt - 1
+        _step(context, batch, tokens, range(job.n_prompt), logits, first)
         yield
         for position in range(job.n_prompt, job.n_prompt + job.n_decode):
             _step(context, batch, tokens, range(position, position + 1), logits)
@@ -125,8 +128,9 @@ def _step(
     tokens: npt.NDArray[np.int32],
     positions: range,
     logits: Logits,
+    first_logits: int = 0,
 ) -> None:
-    """Decode these positions of every sequence in one batch."""
+    """Decode these positions of every sequence in one batch; keep logits from a position on."""
     order = [(seq, pos) for seq in range(len(tokens)) for pos in positions]
     batch.n_tokens = len(order)
     for i, (seq, pos) in enumerate(order):
@@ -134,12 +138,14 @@ def _step(
         batch.pos[i] = pos
         batch.n_seq_id[i] = 1
         batch.seq_id[i][0] = seq
-        batch.logits[i] = 1
+        batch.logits[i] = pos >= first_logits
     status = api.llama_decode(context, batch)
     if status != 0:
         raise DecodeFailed(f"llama_decode returned {status} at position {positions.start}")
     n_vocab = logits.shape[2]
     for i, (seq, pos) in enumerate(order):
+        if pos < first_logits:
+            continue
         row = api.llama_get_logits_ith(context, i)
         logits[pos, seq] = np.ctypeslib.as_array(row, shape=(n_vocab,))
 

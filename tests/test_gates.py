@@ -18,6 +18,7 @@ from gates import JOB, Bench, assert_same, layout_of, opened, run
 from hobbit.stock import Job, Logits
 from hobbit.verify import CACHES
 
+LAST = replace(JOB, n_prompt=70, n_decode=4, all_logits=False)
 SEVERAL = replace(JOB, n_seq=3, n_prompt=40, n_decode=16)
 
 
@@ -60,6 +61,13 @@ def test_architecture(arch: str, bench: Bench) -> None:
 def test_several_sequences(arch: str, bench: Bench) -> None:
     path = bench.arch(arch)
     check(path, bench.stock(path, SEVERAL), "floor", SEVERAL)
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_last_logits_only(arch: str, bench: Bench) -> None:
+    """As when generating: no token of the first ubatches reaches the end of the last layer."""
+    path = bench.arch(arch)
+    check(path, bench.stock(path, LAST), "floor", LAST)
 
 
 @pytest.mark.parametrize("arch", tiny.DIFFUSION)
@@ -140,6 +148,20 @@ FEATURES: dict[str, dict[str, Any]] = {
         "kv": {"deepseek2.expert_group_count": 4, "deepseek2.expert_group_used_count": 2},
     },
     "no-routing-norm": {"arch": "deepseek2", "kv": {"deepseek2.expert_weights_norm": False}},
+    # Experts of several read blocks, of which one is no multiple of a sector.
+    "large": {
+        "arch": "qwen3moe", "expert_type": "F32", "n_embd": 1024, "n_ff": 768, "n_layer": 1,
+        "n_expert": 3, "n_used": 1,
+    },
+    "large-odd": {
+        "arch": "qwen3moe", "expert_type": "F32", "n_embd": 1000, "n_ff": 761, "n_layer": 1,
+        "n_expert": 3, "n_used": 1,
+    },
+    # So many slots that ggml's table of rows limits the pairs of a batch.
+    "many-slots": {
+        "arch": "qwen3moe", "n_expert": 128, "n_used": 8, "n_embd": 32, "n_ff": 32, "n_layer": 12,
+        "dense_type": "F32",
+    },
     # Each layer has a size and a top-k of its own, so each is a pool of its own.
     "layers-differ": {
         "arch": "nemotron_h_moe", "n_layer": 5,
@@ -205,6 +227,15 @@ def test_batch_shapes(n_prompt: int, n_ubatch: int, bench: Bench) -> None:
     job = replace(JOB, n_prompt=n_prompt, n_ubatch=n_ubatch)
     path = bench.arch("olmoe")
     check(path, bench.stock(path, job), "floor", job)
+
+
+def test_more_pairs_than_a_batch(bench: Bench) -> None:
+    """A ubatch whose intermediate rows exceed the memory of one batch."""
+    path = bench.arch("qwen3moe", expert_type="Q4_0", n_ff=1536, n_expert=16, n_used=8, n_layer=2)
+    job = replace(JOB, n_prompt=512, n_ubatch=512, n_decode=2)
+    expected = bench.stock(path, job)
+    for cache in ("floor", "all"):
+        check(path, expected, cache, job)
 
 
 @pytest.mark.parametrize("share", [3, 5, 9, 13])

@@ -25,6 +25,7 @@ from gates import (
     run,
     thread_count,
 )
+from llama_cpp import llama_cpp as api
 
 import hobbit
 from hobbit.stock import (
@@ -135,6 +136,24 @@ def test_reloading_leaks_nothing(bench: Bench) -> None:
     assert now[1] <= before[1], "file descriptors leak"
     assert now[2] - before[2] < 4 << 20, "memory leaks"
     assert not [name for name in open_files() if name == str(path)]
+
+
+def test_loading_reads_no_expert(bench: Bench) -> None:
+    """By the kernel's count of this process's reads, not only by hobbit's."""
+    path = bench.arch("qwen3moe", expert_type="F32", n_embd=512, n_ff=512, n_layer=2)
+    layout = layout_of(path)
+    assert layout.expert_bytes > 8 * layout.dense_bytes
+
+    def bytes_read() -> int:
+        counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(counters["rchar"])
+
+    with opened(path, "all"):  # what is imported at the first load
+        pass
+    before = bytes_read()
+    with opened(path, "all"):
+        # stdio reads some of the dense part several times, on its way from tensor to tensor.
+        assert bytes_read() - before < layout.expert_bytes // 2
 
 
 def test_dropping_the_object_frees_it(bench: Bench) -> None:
@@ -273,6 +292,46 @@ def test_cancel(bench: Bench) -> None:
             llm.eval(list(range(3, 60)))
         llm.reset()
         assert_same(bench.stock(path, SHORT), run(llm, SHORT))
+
+
+def last_logits(llm: hobbit.Llama) -> bytes:
+    row = api.llama_get_logits_ith(llm._ctx.ctx, -1)
+    return np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).tobytes()
+
+
+def test_resume(bench: Bench, tmp_path: Path) -> None:
+    """What was interrupted can go on where it stood, without a reset."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bench.arch("qwen3moe").read_bytes())
+    whole = path.read_bytes()
+    tokens = list(range(3, 163))
+    with opened(path, "floor", SHORT) as llm:
+        llm.eval(tokens)
+        expected = last_logits(llm)
+        llm.reset()
+        llm.eval(tokens[:50])
+        done = llm.n_tokens
+        llm.cancel()
+        with pytest.raises(hobbit.Cancelled):
+            llm.eval(tokens[50:100])
+        assert llm.n_tokens == done
+        llm.eval(tokens[50:100])
+        with path.open("r+b") as file:
+            file.truncate(layout_of(path).groups[1].matrices[0].offset)
+        with pytest.raises(hobbit.ReadError):
+            llm.eval(tokens[100:])
+        with path.open("r+b") as file:
+            file.write(whole)
+        llm.eval(tokens[llm.n_tokens :])
+        # Not the bits of one uninterrupted run: the batches are others. So run these batches.
+        resumed = last_logits(llm)
+        llm.reset()
+        for begin, end in ((0, 50), (50, 100), (100, 160)):
+            llm.eval(tokens[begin:end])
+        assert last_logits(llm) == resumed
+        assert np.allclose(
+            np.frombuffer(expected, np.float32), np.frombuffer(resumed, np.float32), atol=0.05
+        )
 
 
 def test_cancel_while_running(bench: Bench) -> None:

@@ -144,6 +144,14 @@ class TestCompletion:
         assert undated(ours.create_completion(PROMPT, **options)) == undated(expected)
         assert undated(ours(PROMPT, **options)) == undated(expected)
 
+    def test_default_arguments(self, path: Path) -> None:
+        options = {"max_tokens": 8, "temperature": 0.0}
+        with plain_llama(str(path), {"verbose": False}) as llm:
+            expected = undated(llm.create_completion(PROMPT, **options))
+        with hobbit.Llama(str(path)) as llm:
+            assert undated(llm.create_completion(PROMPT, **options)) == expected
+            assert llm.plan.mode == "resident-experts"
+
     def test_says_something(self, ours: hobbit.Llama) -> None:
         answer = ours.create_completion(PROMPT, max_tokens=24, temperature=0.0)
         text = answer["choices"][0]["text"]
@@ -401,6 +409,20 @@ class TestLifetime:
         with hobbit.Llama(str(path), cache_bytes="floor", **ARGUMENTS) as llm:
             assert isinstance(llm, llama_cpp.Llama)
         assert llm._model.model is None
+
+    @pytest.mark.parametrize("kind", [str, Path])
+    def test_odd_path(self, path: Path, tmp_path: Path, kind: Any) -> None:
+        odd = tmp_path / "a b" / "modèle %s 🐑.gguf"
+        odd.parent.mkdir()
+        odd.write_bytes(path.read_bytes())
+        with hobbit.Llama(kind(odd), cache_bytes="floor", **ARGUMENTS) as llm:
+            assert llm.create_completion("the", max_tokens=2)["model"] == str(odd)
+
+    def test_relative_path(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(path.parent)
+        with hobbit.Llama(path.name, cache_bytes="floor", **ARGUMENTS) as llm:
+            monkeypatch.chdir("/")
+            assert llm.create_completion("the", max_tokens=2)["choices"]
 
     def test_failed_constructor_leaves_nothing(self, path: Path, tmp_path: Path) -> None:
         before = (api.llama_model_load_from_file, api.llama_init_from_model)

@@ -29,7 +29,7 @@ def download(version: str, folder: Path) -> Path:
         != 0
     ):
         sys.exit(
-            f"the sdist of llama-cpp-python {version}, whose headers are needed, cannot be downloaded by pip"
+            f"pip cannot download the sdist of llama-cpp-python {version}: its headers are needed"
         )
     return next(folder.glob("*.tar.gz"))
 

@@ -1,4 +1,7 @@
-"""Print the folder of llama-cpp-python's libraries, which must be of the one release we are built for."""
+"""Print the folder of llama-cpp-python's libraries; it must be the release we are built for.
+
+usage: find_llama.py VERSION
+"""
 
 import importlib.metadata
 import importlib.util

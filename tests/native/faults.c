@@ -5,8 +5,10 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 atomic_int faults_allocation, faults_thread, faults_map, faults_pread_calls;
+atomic_bool faults_gate_open;
 faults_pread_function *faults_pread;
 
 static bool fails(atomic_int *countdown) {
@@ -68,4 +70,17 @@ ssize_t __wrap_pread(int fd, void *dst, size_t length, off_t offset) {
 
 ssize_t faults_real_pread(int fd, void *dst, size_t length, off_t offset) {
     return __real_pread(fd, dst, length, offset);
+}
+
+ssize_t faults_gated_pread(int fd, void *dst, size_t length, off_t offset) {
+    while (!atomic_load(&faults_gate_open)) {
+        usleep(100);
+    }
+    return __real_pread(fd, dst, length, offset);
+}
+
+void faults_await_preads(int n) {
+    while (atomic_load(&faults_pread_calls) < n) {
+        usleep(100);
+    }
 }

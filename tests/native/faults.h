@@ -15,5 +15,10 @@ typedef ssize_t faults_pread_function(int fd, void *dst, size_t length, off_t of
 extern faults_pread_function *faults_pread;
 ssize_t faults_real_pread(int fd, void *dst, size_t length, off_t offset);
 extern atomic_int faults_pread_calls;
+/* For faults_pread: reads that begin, and end once the gate is open. */
+extern atomic_bool faults_gate_open;
+ssize_t faults_gated_pread(int fd, void *dst, size_t length, off_t offset);
+/* Wait until so many reads have begun since faults_pread_calls was set to 0. */
+void faults_await_preads(int n);
 
 #endif

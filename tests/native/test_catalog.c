@@ -134,9 +134,14 @@ static void hostile_descriptions_are_refused(void) {
     matrices[2].file = -1;
     refuse(HOBBIT_FORMAT, "a.down");
     groups[1].n_expert = 0;
-    refuse(HOBBIT_FORMAT, "");
+    refuse(HOBBIT_FORMAT, "layer 1");
     groups[1].n_expert = INT32_MIN;
-    refuse(HOBBIT_FORMAT, "");
+    refuse(HOBBIT_FORMAT, "layer 1");
+    options.n_matrices = 3; /* none for the second group */
+    refuse(HOBBIT_FORMAT, "layer 1");
+    files[0].size = UINT64_MAX; /* sums of such sizes would wrap */
+    matrices[0].expert_bytes = UINT64_MAX / 4 - 4096;
+    refuse(HOBBIT_FORMAT, "a.up");
 }
 
 static void a_group_has_room_for_four_matrices(void) {

@@ -89,6 +89,13 @@ static void the_description_is_checked(void) {
         CHECK_EQUAL(hobbit_model_open(&options, &m, err, sizeof err), HOBBIT_FORMAT);
         CHECK_TEXT(err, "extents");
     }
+    static const struct hobbit_extent endless[] = {
+        {.offset = 0, .length = UINT64_MAX, .source = HOBBIT_SOURCE_HOLE},
+        {.offset = UINT64_MAX, .length = 1, .source = HOBBIT_SOURCE_HOLE}, /* ends at 0 */
+        {.offset = 0, .length = 6, .source = HOBBIT_SOURCE_MEMORY, .data = "header"},
+    };
+    options.extents = endless;
+    CHECK_EQUAL(hobbit_model_open(&options, &m, err, sizeof err), HOBBIT_FORMAT);
     CHECK(m == NULL);
     hobbit_model_close(NULL);
 }
@@ -98,8 +105,9 @@ static void the_arena_is_checked(void) {
     uint64_t a = hobbit_model_slot_bytes(m, 0), b = hobbit_model_slot_bytes(m, 1);
     CHECK(a > b && b >= 3001);
     const struct hobbit_pool small[] = {{2, b}, {2, b}}, odd[] = {{2, a + 1}, {2, b}}, none[] = {{0, a}, {2, b}};
-    const struct hobbit_pool *wrong[] = {small, odd, none};
-    for (int i = 0; i < 3; i++) {
+    const struct hobbit_pool huge[] = {{1 << 30, (uint64_t) 1 << 34}, {2, b}}; /* the product is 0 */
+    const struct hobbit_pool *wrong[] = {small, odd, none, huge};
+    for (int i = 0; i < 4; i++) {
         CHECK_EQUAL(hobbit_model_allocate(m, wrong[i], 2, (int32_t[]) {0, 1}, err, sizeof err), HOBBIT_ARG);
     }
     const struct hobbit_pool good[] = {{2, a}};
@@ -246,7 +254,6 @@ static void closing_waits_for_reads_under_way(void) {
     for (int32_t e = 0; e < EXPERTS; e++) {
         CHECK(hb_model_fetch(m, 0, e));
     }
-    CHECK_EQUAL(hb_model_arrival(m, false).expert, -1);
     hb_model_unlock(m);
     hobbit_model_close(m);
     faults_pread = NULL;
@@ -261,13 +268,53 @@ static void waiting_counts_as_stall(void) {
     hobbit_model_close(m);
 }
 
-static void cancelling_is_a_switch(void) {
+static void cancelling_is_a_switch_of_the_caller(void) {
+    int32_t flag = 0;
+    struct hobbit_options options = describe(HOBBIT_IO_AUTO);
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    CHECK(!hb_model_cancelled(m)); /* without a switch: never */
+    hobbit_model_close(m);
+    options.cancelled = &flag;
+    CHECK_EQUAL(hobbit_model_open(&options, &m, err, sizeof err), HOBBIT_OK);
     CHECK(!hb_model_cancelled(m));
-    hobbit_model_cancel(m, 1);
+    flag = 1;
     CHECK(hb_model_cancelled(m));
-    hobbit_model_cancel(m, 0);
-    CHECK(!hb_model_cancelled(m));
+    hobbit_model_close(m);
+}
+
+static void reads_not_begun_can_be_withdrawn(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_BUFFERED, EXPERTS);
+    atomic_store(&faults_gate_open, false);
+    atomic_store(&faults_pread_calls, 0);
+    faults_pread = faults_gated_pread;
+    hb_model_lock(m);
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        CHECK(hb_model_fetch(m, 0, e));
+    }
+    faults_await_preads(2); /* both threads are at expert 0 */
+    hb_model_withdraw(m);
+    for (int32_t e = 1; e < EXPERTS; e++) {
+        struct hb_arrival a = hb_model_arrival(m, true);
+        CHECK(a.expert == e && a.failed);
+    }
+    atomic_store(&faults_gate_open, true);
+    struct hb_arrival first = hb_model_arrival(m, true);
+    CHECK(first.expert == 0 && !first.failed && slot_holds(m, 0, 0, first.slot));
+    hb_model_release(m, 0, 0);
+    CHECK_EQUAL(hb_model_arrival(m, true).expert, -1);
+    hb_model_unlock(m);
+    faults_pread = NULL;
+    hobbit_model_take_error(m, err, sizeof err);
+    CHECK(err[0] == '\0'); /* nothing went wrong */
+    CHECK_EQUAL(use(m, 0, 0, EXPERTS), 0);
+    hobbit_model_close(m);
+}
+
+static void a_failure_can_be_told_in_words(void) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    hb_model_fail(m, "why");
+    hobbit_model_take_error(m, err, sizeof err);
+    CHECK(strcmp(err, "why") == 0);
     hobbit_model_close(m);
 }
 
@@ -287,12 +334,16 @@ static void matrices_are_read_past_the_cache(void) {
     static char data[5000];
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
     const struct hb_matrix *matrix = hb_catalog_find(hb_model_catalog(m), "b.up");
-    CHECK_EQUAL(hb_model_read(m, matrix, data, 3001 + 7, sizeof data), HOBBIT_OK);
+    CHECK(hb_model_read(m, matrix, data, 3001 + 7, sizeof data));
     CHECK(file_equals(data, 200032 + 3001 + 7, sizeof data));
     faults_pread = fail;
-    CHECK_EQUAL(hb_model_read(m, matrix, data, 0, 1), HOBBIT_IO);
+    CHECK(!hb_model_read(m, matrix, data, 0, 1));
     faults_pread = NULL;
-    CHECK_EQUAL(hb_model_read(m, matrix, data, FILE_SIZE - 200032, 1), HOBBIT_IO); /* past the end */
+    hobbit_model_take_error(m, err, sizeof err);
+    CHECK_TEXT(err, strerror(EIO));
+    CHECK(!hb_model_read(m, matrix, data, FILE_SIZE - 200032, 1)); /* past the end */
+    hobbit_model_take_error(m, err, sizeof err);
+    CHECK_TEXT(err, "the file ends there");
     hobbit_model_close(m);
 }
 
@@ -349,7 +400,9 @@ int main(void) {
     RUN(a_file_cut_short_is_named_with_the_offset);
     RUN(closing_waits_for_reads_under_way);
     RUN(waiting_counts_as_stall);
-    RUN(cancelling_is_a_switch);
+    RUN(cancelling_is_a_switch_of_the_caller);
+    RUN(reads_not_begun_can_be_withdrawn);
+    RUN(a_failure_can_be_told_in_words);
     RUN(the_stream_is_the_virtual_file);
     RUN(matrices_are_read_past_the_cache);
     RUN(every_failure_to_open_is_undone);

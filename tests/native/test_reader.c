@@ -12,6 +12,7 @@
 #define GUARD_BYTE 0xa5
 
 static const char *path;
+static unsigned char image[FILE_SIZE]; /* what is in the file */
 
 /* A job of one to four pieces with memory of its own; guards around each piece. */
 struct task {
@@ -44,7 +45,7 @@ static void add_piece(struct task *t, const struct hb_file *file, uint64_t offse
 static void check_task(const struct task *t) {
     for (int i = 0; i < t->job.n_pieces; i++) {
         const struct hb_piece *p = &t->job.pieces[i];
-        CHECK(file_equals(p->dst, p->offset, p->length));
+        CHECK(memcmp(p->dst, image + p->offset, p->length) == 0);
         size_t slack = p->bounce ? 0 : p->file->align - 1;
         const char *end = t->memory[i] + memory_size(p);
         for (const char *c = t->memory[i]; c < p->dst - slack; c++) {
@@ -76,7 +77,7 @@ static size_t random_length(uint64_t *seed, uint64_t offset) {
 }
 
 static void read_many(bool direct, bool bounce, int threads) {
-    enum { N = 24 };
+    enum { N = 16 };
     static struct task tasks[N];
     uint64_t seed = 7, wanted = 0, bytes, calls, pieces = 0;
     struct hb_file file = open_file(direct);
@@ -249,13 +250,15 @@ static void waiting_and_not_waiting(void) {
     struct hb_reader *r = open_reader(2);
     CHECK(hb_reader_next(r, false) == NULL);
     CHECK(hb_reader_next(r, true) == NULL); /* nothing under way: does not wait */
-    faults_pread = slow;
+    atomic_store(&faults_gate_open, false);
+    faults_pread = faults_gated_pread;
     struct task tasks[4] = {0};
     for (int i = 0; i < 4; i++) {
         add_piece(&tasks[i], &file, (uint64_t) i * MIB, 1000, false);
         hb_reader_submit(r, &tasks[i].job);
     }
     CHECK(hb_reader_next(r, false) == NULL);
+    atomic_store(&faults_gate_open, true);
     for (int i = 0; i < 4; i++) {
         struct hb_job *job = hb_reader_next(r, true);
         CHECK(job != NULL && job->error == 0);
@@ -287,6 +290,42 @@ static void closing_waits_for_what_is_under_way(void) {
         }
         hb_file_close(&file);
     }
+}
+
+static void jobs_not_begun_can_be_withdrawn(void) {
+    enum { N = 8 };
+    struct hb_file file = open_file(false);
+    struct hb_reader *r = open_reader(1);
+    hb_reader_withdraw(r);
+    atomic_store(&faults_gate_open, false);
+    atomic_store(&faults_pread_calls, 0);
+    faults_pread = faults_gated_pread;
+    struct task tasks[N] = {0};
+    for (int i = 0; i < N; i++) {
+        add_piece(&tasks[i], &file, (uint64_t) i * 1000, 3 * MIB, i % 2 == 0); /* two blocks */
+        hb_reader_submit(r, &tasks[i].job);
+    }
+    faults_await_preads(1);
+    hb_reader_withdraw(r);
+    for (int i = 1; i < N; i++) {
+        struct hb_job *job = hb_reader_next(r, false);
+        CHECK(job == &tasks[i].job);
+        CHECK_EQUAL(job->error, ECANCELED);
+    }
+    CHECK(hb_reader_next(r, false) == NULL);
+    atomic_store(&faults_gate_open, true);
+    CHECK(hb_reader_next(r, true) == &tasks[0].job);
+    CHECK_EQUAL(tasks[0].job.error, 0);
+    check_task(&tasks[0]);
+    hb_reader_withdraw(r);
+    CHECK_EQUAL(read_one(r, &tasks[1]), 0); /* goes on as before */
+    check_task(&tasks[1]);
+    faults_pread = NULL;
+    for (int i = 0; i < N; i++) {
+        free_task(&tasks[i]);
+    }
+    hb_reader_close(r);
+    hb_file_close(&file);
 }
 
 static void failing_to_start_is_an_error(void) {
@@ -364,6 +403,7 @@ static void no_job_is_lost_or_doubled(void) {
 
 int main(void) {
     path = file_make(FILE_SIZE);
+    file_fill(image, 0, FILE_SIZE);
     int open_before = files_open();
     RUN(buffered_reads_are_exact);
     RUN(direct_reads_are_exact);
@@ -373,6 +413,7 @@ int main(void) {
     RUN(short_and_interrupted_reads_are_completed);
     RUN(waiting_and_not_waiting);
     RUN(closing_waits_for_what_is_under_way);
+    RUN(jobs_not_begun_can_be_withdrawn);
     RUN(failing_to_start_is_an_error);
     RUN(a_thread_without_its_buffer_reads_in_place_only);
     RUN(no_job_is_lost_or_doubled);
