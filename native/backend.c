@@ -28,6 +28,11 @@ struct weights_buffer {
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
     struct weights_buffer *b = buffer->context;
+    for (int32_t i = 0; i < hb_model_catalog(b->type->model)->n_matrices; i++) {
+        if (b->weights[i].model != NULL) {
+            b->type->tensors[i] = NULL; /* freed too; loading failed if it is still there */
+        }
+    }
     hb_space_release(b->base, b->size);
     free(b->weights);
     free(b);

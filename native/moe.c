@@ -238,7 +238,7 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
         return GGML_STATUS_FAILED;
     }
     if (!hb_routing_read(&moe->routing, s->ids, n_expert)) {
-        hb_model_fail(s->model, "the router chose an expert that does not exist: the model is damaged");
+        hb_model_fail(s->model, "the router chose an expert that does not exist, or there is no memory for its choices");
         return GGML_STATUS_FAILED;
     }
     struct hb_arena arena = hb_model_arena(s->model, s->group);

@@ -131,8 +131,9 @@ uint64_t hb_now_ns(void) {
     return (uint64_t) ts.tv_sec * 1000000000u + (uint64_t) ts.tv_nsec;
 }
 
-/* stdio copies everything through its buffer, in reads of the buffer's size. */
-#define STREAM_BUFFER ((size_t) 256 << 10)
+/* glibc copies what a stream like ours reads through this buffer, whatever the size of the fread, and fills it anew
+ * after each seek: large enough for few calls, small enough for small tensors. */
+#define STREAM_BUFFER ((size_t) 64 << 10)
 
 struct stream {
     void *context;

@@ -123,10 +123,11 @@ def in_threads(*calls: Callable[[], None]) -> None:
         except BaseException as error:  # raised below, in the test's thread
             errors.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
+    threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     if errors:
         raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a call hangs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -341,8 +342,9 @@ def test_cancel_while_running(bench: Bench) -> None:
         tokens = list(np.random.default_rng(0).integers(3, tiny.N_VOCAB, 19000))
 
         def cancel_soon() -> None:
-            while llm.stats.misses < 200:
-                pass
+            deadline = time.monotonic() + 60
+            while llm.stats.misses < 200 and time.monotonic() < deadline:
+                time.sleep(0.001)
             llm.cancel()
 
         def generate() -> None:

@@ -11,7 +11,8 @@ from gates import JOB, Bench, layout_of
 
 import hobbit
 from hobbit import verify as module
-from hobbit.stock import DecodeFailed, Job, Logits, StockProcess, empty_logits
+from hobbit.memory import Cap
+from hobbit.stock import DecodeFailed, Job, Logits, StockProcess, collect, empty_logits
 from hobbit.verify import CACHES, VerifyRow, cache_bytes, compare, verify
 
 SHORT = replace(JOB, n_prompt=40, n_decode=8)
@@ -99,14 +100,31 @@ def test_compare_bits() -> None:
     assert not compare(BLANK, logits(1.0), logits(np.nan), 3).equal
 
 
-def test_skipped_when_it_does_not_fit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: object, **__: object) -> None:
-        raise hobbit.PlanError("needs 9.0 GiB")
+def test_skips_what_does_not_fit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench.arch("qwen3moe", expert_type="F32", n_embd=512, n_ff=512, n_layer=2)
+    monkeypatch.setattr(module, "resolve_cap", lambda text: Cap(1 << 20, "of a test"))
+    with pytest.raises(hobbit.PlanError) as info:
+        verify(path, job=SHORT)
+    enough = info.value.needed_bytes + (16 << 20)
+    monkeypatch.setattr(module, "resolve_cap", lambda text: Cap(enough, "of a test"))
+    floor, everything = verify(path, job=SHORT, caches=("floor", "all"))
+    assert floor.equal and not floor.skipped
+    assert everything.equal and "MiB" in everything.skipped
 
-    monkeypatch.setattr(module, "Llama", no_room)
-    (row,) = verify(bench.arch("qwen3moe"), job=SHORT, caches=("all",))
-    assert row.skipped == "needs 9.0 GiB"
-    assert row.equal
+
+def test_failed_read(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bench.arch("qwen3moe").read_bytes())
+    cut = layout_of(path).groups[0].matrices[0].offset
+
+    def cut_short(llama: hobbit.Llama, job: Job) -> Logits:
+        with path.open("r+b") as file:
+            file.truncate(cut)
+        return collect(llama, job)
+
+    monkeypatch.setattr(module, "collect", cut_short)
+    with pytest.raises(hobbit.ReadError, match=r"model\.gguf at offset"):
+        verify(path, job=SHORT)
 
 
 def test_dense_model(bench: Bench) -> None:
