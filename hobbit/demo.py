@@ -194,8 +194,9 @@ class _Experts:
             return dense[neurons]
         inner = self.inner[at] * self.inner_scale[at].astype(np.float32)[:, None]
         outer = self.outer[at] * self.outer_scale[at].astype(np.float32)[:, None]
-        scaled: Array = dense[:, neurons] * self.scale[at].astype(np.float32)
-        return scaled + outer.T @ inner
+        scale = self.scale[at].astype(np.float32)
+        down: Array = dense[:, neurons] * scale + outer.T @ inner
+        return down
 
 
 class _Tensor(NamedTuple):

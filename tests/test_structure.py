@@ -36,7 +36,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "streamed": {"_log", "_native", "errors", "layout", "memory"},
     "generate": {"errors", "llama", "stats"},
-    "verify": {"errors", "gguf_file", "layout", "llama", "stock"},
+    "verify": {"errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a person touches.
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},

@@ -16,7 +16,8 @@ static char err[256];
 static void describe(void) {
     const struct hobbit_matrix good[] = {
         {.name = "a.up", .group = 0, .file = 0, .type = 8, .ne0 = 64, .ne1 = 32, .offset = 1056, .expert_bytes = 4096},
-        {.name = "a.gate", .group = 0, .file = 0, .type = 8, .ne0 = 64, .ne1 = 32, .offset = 17440, .expert_bytes = 4096},
+        {.name = "a.gate", .group = 0, .file = 0, .type = 8, .ne0 = 64, .ne1 = 32, .offset = 17440,
+         .expert_bytes = 4096},
         {.name = "a.down", .group = 0, .file = 1, .type = 8, .ne0 = 32, .ne1 = 64, .offset = 0, .expert_bytes = 512},
         {.name = "b.up", .group = 1, .file = 1, .type = 0, .ne0 = 7, .ne1 = 9, .offset = 3008, .expert_bytes = 333},
         {.name = "b.down", .group = 1, .file = 0, .type = 0, .ne0 = 9, .ne1 = 7, .offset = FILE_SIZE - 3 * 1024,

@@ -64,7 +64,8 @@ static void holes_cost_no_read(void) {
     static char data[1 << 20];
     FILE *file = open_stream();
     atomic_store(&faults_pread_calls, 0);
-    CHECK_EQUAL(fseeko(file, (off_t) extents[2].offset + 4096, SEEK_SET), 0);
+    /* far from the ends: stdio begins its buffer somewhat before the position */
+    CHECK_EQUAL(fseeko(file, (off_t) extents[2].offset + (1 << 24), SEEK_SET), 0);
     for (int i = 0; i < 100; i++) {
         CHECK_EQUAL(fread(data, 1, sizeof data, file), sizeof data);
     }
