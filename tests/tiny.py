@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Q
+from llama_cpp._logger import set_verbose
 
 N_VOCAB = 320
 N_CTX_TRAIN = 512
@@ -402,7 +404,8 @@ class _GgufInitParams(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def _base() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / f"libggml-base.{suffix}"))
     lib.gguf_init_from_file.restype = ctypes.c_void_p
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufInitParams]
     lib.gguf_free.argtypes = [ctypes.c_void_p]
@@ -444,6 +447,7 @@ def tensor_list(kv: dict[str, Value]) -> Shapes:
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = False
     llama_cpp.llama_backend_init()
+    set_verbose(False)
     callback = llama_cpp.llama_cpp.llama_model_set_tensor_data_t(seen)
     model = llama_cpp.llama_cpp.llama_model_init_from_user(meta, callback, None, params)
     base.gguf_free(meta)
