@@ -13,7 +13,7 @@ from llama_cpp._logger import llama_log_callback as upstream_callback
 
 logger = logging.getLogger("hobbit")
 
-_ERROR = 3  # GGML_LOG_LEVEL_ERROR
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 class _Capture(threading.local):

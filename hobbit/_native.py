@@ -68,4 +68,5 @@ def register() -> None:
             f"this hobbit is built for llama-cpp-python {LLAMA_VERSION} and found {found}: "
             f"pip install llama-cpp-python=={LLAMA_VERSION}, or reinstall hobbit-moe"
         )
-    lib.hobbit_register()
+    error = error_buffer()
+    check(lib.hobbit_register(error, len(error)), error)

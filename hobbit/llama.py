@@ -25,7 +25,7 @@ from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, plan, resolve_cap, total_memory
 from .stats import Stats
-from .streamed import ContextMemory, Io, StreamedModel
+from .streamed import ContextMemory, Io, StreamedModel, measure
 
 # Arguments that llama-cpp-python once had; scripts still pass them.
 _DEAD_ARGUMENTS = {"n_gqa", "n_parts", "f16_kv", "rms_norm_eps", "mul_mat_q", "low_vram"}
@@ -35,6 +35,7 @@ _LLAMA_DECODE_ABORTED = "llama_decode returned 2"
 # What the plan keeps for the interpreter's growth, sampling, and the kernel's page tables.
 _PROCESS_GROWTH = 48 << 20
 _PAGE_TABLE_SHARE = 400
+_PROCESS_STEP = 16 << 20
 
 # native/replica.c, moe.c and reader.c: what they may allocate.
 _BATCH_BYTES = 32 << 20
@@ -106,7 +107,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Counters since the model was loaded."""
         common = {
             "cap_bytes": self._cap.bytes,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+            "peak_bytes": _peak_bytes(),
             "mode": self.plan.mode,
         }
         counted = self._counted.to_dict()
@@ -134,16 +135,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; see llama_cpp.Llama.eval. Raises ReadError and Cancelled."""
-        is_prompt = len(tokens) != 1 or self.n_tokens == 0
+        if self._ctx.ctx is None:
+            raise HobbitError("the model is closed")
+        before = self.n_tokens
+        is_prompt = len(tokens) != 1 or before == 0
         start = time.perf_counter()
-        with self._translated():
-            super().eval(tokens)
-        seconds = time.perf_counter() - start
-        if is_prompt:
-            new = Stats(tokens_prompt=len(tokens), prompt_s=seconds)
-        else:
-            new = Stats(tokens_generated=1, decode_s=seconds)
-        self._counted = new.minus(_negative(self._counted))
+        try:
+            with self._translated():
+                super().eval(tokens)
+        finally:
+            seconds, done = time.perf_counter() - start, self.n_tokens - before
+            new = (
+                Stats(tokens_prompt=done, prompt_s=seconds)
+                if is_prompt
+                else Stats(tokens_generated=done, decode_s=seconds)
+            )
+            self._counted = self._counted.plus(new)
 
     def embed(self, *arguments: Any, **named: Any) -> Any:
         """See llama_cpp.Llama.embed."""
@@ -195,14 +202,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         streamed = StreamedModel(self.layout, self._cancelled, own["io"], own["io_threads"])
         self._stack.callback(streamed.close)
         self._streamed = streamed
-        measured = streamed.measure(params, self._context_params())
+        measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
         return streamed.load(params, self.verbose)
 
     def _load_resident(self, params: Any) -> int:
         params.use_extra_bufts = params.use_extra_bufts and not _has_amx()
-        self._make_plan(ContextMemory(self.layout.dense_bytes, 0, 0), ())
+        if params.vocab_only:
+            self._make_plan(ContextMemory(0, 0, 0), ())
+        else:
+            self._make_plan(measure(self._load_path, params, self._context_params()), ())
+        return self._load_path(params)
+
+    def _load_path(self, params: Any) -> int:
         with _log.captured(self.verbose) as errors:
             model = _load_from_file(self.model_path.encode(), params)
         if not model:
@@ -218,8 +231,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         ]
         if slot_bytes:
             parts.append(Line("scratch", self._scratch_bytes(), "gathered rows, reads in flight"))
-        growth = _PROCESS_GROWTH + self._cap.bytes // _PAGE_TABLE_SHARE
-        parts.append(Line("process", _resident_bytes() + growth, "interpreter and libraries"))
+        process = _resident_bytes() + _PROCESS_GROWTH + self._cap.bytes // _PAGE_TABLE_SHARE
+        # In coarse steps, so that the cap that an error names works when it is typed.
+        process = -(-process // _PROCESS_STEP) * _PROCESS_STEP
+        parts.append(Line("process", process, "interpreter and libraries"))
         cache = self._own_arguments["cache_bytes"]
         self.plan = plan(self._cap, self.layout, parts, slot_bytes, cache)
         if self._on_plan is not None:
@@ -334,10 +349,6 @@ def _cap(memory: str | int, cache_bytes: object) -> Cap:
     return resolve_cap(memory)
 
 
-def _negative(stats: Stats) -> Stats:
-    return Stats().minus(stats)
-
-
 def _refuse_expert_lora(path: str, layout: Layout) -> None:
     adapter = open_gguf(Path(path))
     for name in adapter.tensors:
@@ -345,6 +356,15 @@ def _refuse_expert_lora(path: str, layout: Layout) -> None:
             raise UnsupportedModelError(
                 f"{path}: changes {name}, which streams from disk: merge the adapter into the model"
             )
+
+
+def _peak_bytes() -> int:
+    # getrusage also counts what the process was before exec: its parent's size.
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
 
 
 def _resident_bytes() -> int:

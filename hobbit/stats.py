@@ -67,6 +67,11 @@ class Stats:
         total = self.prompt_s + self.decode_s
         return min(self.stall_s / total, 1.0) if total > 0 else 0.0
 
+    def plus(self, more: Stats) -> Stats:
+        """Return the counters of both."""
+        both = {name: getattr(self, name) + getattr(more, name) for name in _COUNTERS}
+        return replace(self, **both)
+
     def minus(self, earlier: Stats) -> Stats:
         """Return what happened since `earlier`."""
         since = {name: getattr(self, name) - getattr(earlier, name) for name in _COUNTERS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,25 @@ class ContextMemory:
     dense: int
     kv: int
     compute: int
+
+
+def measure(load: Callable[[Any], int], model_params: Any, context_params: Any) -> ContextMemory:
+    """What the model that `load` loads and a context would allocate, without allocating it."""
+    params = type(model_params).from_buffer_copy(model_params)
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # a mapped file would not be counted
+    model = load(params)
+    try:
+        with _log.captured(verbose=False) as errors:
+            context = llama_cpp.llama_init_from_model(model, context_params)
+        if not context:
+            raise UnsupportedModelError(f"llama.cpp cannot make a context: {_log.reason(errors)}")
+        out = ffi.new("struct hobbit_context_memory *")
+        lib.hobbit_context_memory(ffi.cast("struct llama_context *", context), out)
+        llama_cpp.llama_free(context)
+    finally:
+        llama_cpp.llama_model_free(model)
+    return ContextMemory(out.model_bytes, out.kv_bytes, out.compute_bytes)
 
 
 class StreamedModel:
@@ -122,7 +141,7 @@ class StreamedModel:
         )
         check(status, error)
 
-    def load(self, params: Any, verbose: bool) -> int:
+    def load(self, params: Any, verbose: bool = False) -> int:
         """Load a llama_model through the stream that skips expert data; returns its address.
 
         `params` is a llama_model_params; the fields that streaming decides are set in it.
@@ -153,25 +172,6 @@ class StreamedModel:
             raise UnsupportedModelError(f"{path}: llama.cpp cannot load it: {_log.reason(errors)}")
         lib.hobbit_buffer_type_loaded(self._buffer_type)
         return int(model)
-
-    def measure(self, model_params: Any, context_params: Any) -> ContextMemory:
-        """What the model and a context would allocate, without allocating it."""
-        params = type(model_params).from_buffer_copy(model_params)
-        params.no_alloc = True
-        model = self.load(params, verbose=False)
-        try:
-            with _log.captured(verbose=False) as errors:
-                context = llama_cpp.llama_init_from_model(model, context_params)
-            if not context:
-                path = self.layout.gguf.parts[0].path
-                why = _log.reason(errors)
-                raise UnsupportedModelError(f"{path}: llama.cpp cannot make a context: {why}")
-            out = ffi.new("struct hobbit_context_memory *")
-            lib.hobbit_context_memory(ffi.cast("struct llama_context *", context), out)
-            llama_cpp.llama_free(context)
-        finally:
-            llama_cpp.llama_model_free(model)
-        return ContextMemory(out.model_bytes, out.kv_bytes, out.compute_bytes)
 
     def take_error(self) -> str:
         """The last failed read as a sentence, once; empty when there was none."""

@@ -1,3 +1,4 @@
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -279,11 +280,13 @@ static struct ggml_backend_reg registry = {
 
 /* --- our own interface, where it needs ggml --- */
 
-int32_t hobbit_ggml_api_version(void) {
-    return GGML_BACKEND_API_VERSION;
-}
-
-int32_t hobbit_register(void) {
+int32_t hobbit_register(char *err, size_t err_len) {
+    ggml_backend_reg_t cpu = ggml_backend_reg_by_name("CPU"); /* compiled with the installed ggml */
+    if (cpu != NULL && cpu->api_version != GGML_BACKEND_API_VERSION) {
+        snprintf(err, err_len, "hobbit is built for version %d of ggml's backend interface, the installed one has %d",
+                 GGML_BACKEND_API_VERSION, cpu->api_version);
+        return HOBBIT_UNSUPPORTED;
+    }
     if (ggml_backend_reg_by_name(hb_buffer_type_name) == NULL) {
         ggml_backend_register(&registry);
     }

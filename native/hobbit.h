@@ -27,10 +27,9 @@ enum hobbit_status {
     HOBBIT_OK          = 0,
     HOBBIT_IO          = 1, /* a file could not be opened or read */
     HOBBIT_FORMAT      = 2, /* the description does not fit the files */
-    HOBBIT_BUDGET      = 3, /* fewer slots than one layer of one token needs */
-    HOBBIT_NOMEM       = 4,
-    HOBBIT_ARG         = 5,
-    HOBBIT_UNSUPPORTED = 6,
+    HOBBIT_NOMEM       = 3,
+    HOBBIT_ARG         = 4,
+    HOBBIT_UNSUPPORTED = 5,
 };
 
 enum hobbit_io {
@@ -119,8 +118,8 @@ struct hobbit_override {
 struct hobbit_model;
 struct llama_context;
 
-int32_t hobbit_ggml_api_version(void); /* GGML_BACKEND_API_VERSION this was compiled for */
-int32_t hobbit_register(void); /* add the device to ggml's registry; idempotent */
+/* Add the device to ggml's registry, unless ggml speaks another version of the interface; idempotent. */
+int32_t hobbit_register(char *err, size_t err_len);
 int32_t hobbit_model_open(const struct hobbit_options *options, struct hobbit_model **out, char *err,
                           size_t err_len);
 /* Bytes one slot of this group takes in the arena, padding for direct I/O included. */

@@ -340,7 +340,9 @@ void hb_model_fail(struct hobbit_model *m, const char *reason) {
 
 /* `error` as in struct hb_job. */
 static void keep_read_error(struct hobbit_model *m, int error, int32_t file, uint64_t offset) {
-    const char *reason = error == HB_SHORT_READ ? "the file ends there; did it change while in use?" : strerror(error);
+    const char *reason = error == HB_SHORT_READ ? "the file is shorter than that; did it change while in use?"
+                         : error == HB_FORKED   ? "the process was forked after the model was loaded"
+                                                : strerror(error);
     char text[ERROR_BYTES];
     snprintf(text, sizeof text, "reading %s at offset %llu failed: %s", m->catalog.paths[file],
              (unsigned long long) offset, reason);

@@ -17,6 +17,7 @@ enum { MISSING, LOADING, READY, DONE }; /* of an expert within a segment */
 
 struct hb_moe {
     int n_threads;
+    struct ggml_threadpool *threads; /* of n_threads; NULL until used. Where ggml lacks OpenMP it keeps them alive */
     ggml_abort_callback abort_callback;
     void *abort_data;
     struct hb_block work; /* ggml's */
@@ -33,8 +34,18 @@ struct hb_moe *hb_moe_new(void) {
     return moe;
 }
 
+static void drop_threads(struct hb_moe *moe) {
+    if (moe->threads != NULL) {
+        ggml_threadpool_free(moe->threads);
+        moe->threads = NULL;
+    }
+}
+
 void hb_moe_set_n_threads(struct hb_moe *moe, int n_threads) {
-    moe->n_threads = n_threads;
+    if (n_threads != moe->n_threads) {
+        drop_threads(moe);
+        moe->n_threads = n_threads;
+    }
 }
 
 void hb_moe_set_abort_callback(struct hb_moe *moe, ggml_abort_callback callback, void *data) {
@@ -47,6 +58,7 @@ void hb_moe_free(struct hb_moe *moe) {
         hb_block_free(&moe->routing.memory);
         hb_block_free(&moe->batch);
         hb_block_free(&moe->work);
+        drop_threads(moe);
         hb_replicas_free(&moe->replicas);
         free(moe);
     }
@@ -62,7 +74,11 @@ static enum ggml_status run(struct hb_moe *moe, const struct hb_segment *s, stru
     graph.nodes = nodes;
     graph.n_nodes = n_nodes;
     uint64_t start = hb_now_ns();
-    struct ggml_cplan plan = ggml_graph_plan(&graph, moe->n_threads, NULL);
+    if (moe->threads == NULL) {
+        struct ggml_threadpool_params params = ggml_threadpool_params_default(moe->n_threads);
+        moe->threads = ggml_threadpool_new(&params);
+    }
+    struct ggml_cplan plan = ggml_graph_plan(&graph, moe->n_threads, moe->threads);
     if (!hb_block_reserve(&moe->work, plan.work_size)) {
         return GGML_STATUS_ALLOC_FAILED;
     }

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Large enough for a disk's full speed, small enough that several threads share one expert. */
 #define BLOCK ((size_t) 2 << 20)
@@ -16,6 +17,7 @@ struct hb_reader {
     struct hb_job *finished_head, *finished_tail;
     int32_t under_way; /* submitted and not yet collected */
     bool stopping;
+    pid_t pid; /* of the process that has the threads */
     uint64_t bytes, calls;
     int32_t n_threads;
     pthread_t threads[];
@@ -125,6 +127,7 @@ int hb_reader_open(struct hb_reader **out, int threads) {
     if (r == NULL) {
         return ENOMEM;
     }
+    r->pid = getpid();
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->work, NULL);
     pthread_cond_init(&r->done, NULL);
@@ -142,6 +145,10 @@ int hb_reader_open(struct hb_reader **out, int threads) {
 
 void hb_reader_close(struct hb_reader *r) {
     if (r == NULL) {
+        return;
+    }
+    if (r->pid != getpid()) {
+        free(r); /* nothing to join, and whether the lock was held is unknown */
         return;
     }
     pthread_mutex_lock(&r->lock);
@@ -163,9 +170,14 @@ void hb_reader_submit(struct hb_reader *r, struct hb_job *job) {
     job->position = 0;
     job->blocks_pending = 0;
     pthread_mutex_lock(&r->lock);
-    append(&r->queue_head, &r->queue_tail, job);
     r->under_way++;
-    pthread_cond_broadcast(&r->work);
+    if (r->pid != getpid()) {
+        job->error = HB_FORKED;
+        append(&r->finished_head, &r->finished_tail, job);
+    } else {
+        append(&r->queue_head, &r->queue_tail, job);
+        pthread_cond_broadcast(&r->work);
+    }
     pthread_mutex_unlock(&r->lock);
 }
 

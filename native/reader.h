@@ -31,7 +31,7 @@ struct hb_job {
     struct hb_piece pieces[HB_JOB_PIECES];
     int32_t n_pieces;
     void *owner;            /* the caller's */
-    int error;              /* 0, an errno value, or HB_SHORT_READ */
+    int error;              /* 0, an errno value, HB_SHORT_READ or HB_FORKED */
     int32_t error_file;     /* file_index of the piece that failed */
     uint64_t error_offset;  /* where */
     struct hb_job *next;    /* the rest is the reader's */
@@ -41,6 +41,7 @@ struct hb_job {
 };
 
 #define HB_SHORT_READ (-1) /* the file ended before the piece did */
+#define HB_FORKED (-2)     /* submitted in a process forked from the reader's: its threads are not there */
 
 struct hb_reader;
 

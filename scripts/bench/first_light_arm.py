@@ -121,17 +121,16 @@ def measure(llm: Any, job: Job) -> dict[str, Any]:
     tokens = choose_tokens(llm, job, count)
     prompt_s = None
     if job.prompt:
+        # The same passes as those timed: a token may be routed otherwise alone than in a batch.
         for _ in range(job.warm_up):
-            feeder.feed(tokens)  # the decoded ones too: their experts are to be cached as well
+            feed_all(feeder, tokens, job.prompt)
             feeder.forget()
         warm = counters(llm)
-        prompt_s = feeder.feed(tokens[: job.prompt])
+        prompt_s, decode_s = feed_all(feeder, tokens, job.prompt)
     else:
-        for i in range(job.warm_up):
-            feeder.feed(tokens[i : i + 1])
+        feed_all(feeder, tokens[: job.warm_up], 0)
         warm = counters(llm)
-    rest = range(count - job.decode, count)
-    decode_s = [feeder.feed(tokens[i : i + 1]) for i in rest]
+        _, decode_s = feed_all(feeder, tokens[job.warm_up :], 0)
     return {
         "prompt_tok_s": job.prompt / prompt_s if prompt_s else None,
         "decode_tok_s": len(decode_s) / sum(decode_s),
@@ -139,6 +138,14 @@ def measure(llm: Any, job: Job) -> dict[str, Any]:
         "logits_sha256": feeder.digest.hexdigest(),
         **{name: value - warm[name] for name, value in counters(llm).items()},
     }
+
+
+def feed_all(
+    feeder: Feeder, tokens: npt.NDArray[np.int32], prompt: int
+) -> tuple[float, list[float]]:
+    """Feed the first tokens in a batch and each other one alone; return the seconds of each."""
+    prompt_s = feeder.feed(tokens[:prompt]) if prompt else 0.0
+    return prompt_s, [feeder.feed(tokens[i : i + 1]) for i in range(prompt, len(tokens))]
 
 
 def choose_tokens(llm: Any, job: Job, count: int) -> npt.NDArray[np.int32]:
