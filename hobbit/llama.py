@@ -20,7 +20,14 @@ import llama_cpp.llama_cpp as upstream_api
 
 from . import _log
 from ._native import CancelFlag
-from .errors import Cancelled, HobbitError, ReadError, UnsupportedModelError, UsageError
+from .errors import (
+    Cancelled,
+    HobbitError,
+    PlanError,
+    ReadError,
+    UnsupportedModelError,
+    UsageError,
+)
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, plan, resolve_cap, total_memory
@@ -224,21 +231,34 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return int(model)
 
     def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[int]) -> None:
+        cache, process = self._own_arguments["cache_bytes"], _resident_bytes() + _PROCESS_GROWTH
+
+        def divide(cap_bytes: int) -> MemoryPlan:
+            parts = self._parts(
+                measured, bool(slot_bytes), process + cap_bytes // _PAGE_TABLE_SHARE
+            )
+            return plan(self._cap, self.layout, parts, slot_bytes, cache)
+
+        try:
+            self.plan = divide(self._cap.bytes)
+        except PlanError as error:
+            divide(error.needed_bytes)  # the page tables of the cap that the error is to name
+            raise
+        if self._on_plan is not None:
+            self._on_plan(self.plan)
+
+    def _parts(self, measured: ContextMemory, streams: bool, process: int) -> list[Line]:
+        """The fixed parts of the plan."""
         parts = [
             Line("dense", measured.dense, "weights every token needs, in anonymous memory"),
             Line("kv", measured.kv, f"context of {self._context_params().n_ctx} tokens"),
             Line("compute", measured.compute + self._output_bytes(), "buffers of llama.cpp"),
         ]
-        if slot_bytes:
+        if streams:
             parts.append(Line("scratch", self._scratch_bytes(), "gathered rows, reads in flight"))
-        process = _resident_bytes() + _PROCESS_GROWTH + self._cap.bytes // _PAGE_TABLE_SHARE
         # In coarse steps, so that the cap that an error names works when it is typed.
         process = -(-process // _PROCESS_STEP) * _PROCESS_STEP
-        parts.append(Line("process", process, "interpreter and libraries"))
-        cache = self._own_arguments["cache_bytes"]
-        self.plan = plan(self._cap, self.layout, parts, slot_bytes, cache)
-        if self._on_plan is not None:
-            self._on_plan(self.plan)
+        return [*parts, Line("process", process, "interpreter and libraries")]
 
     def _context_params(self) -> Any:
         """The context's parameters, with the model's own context length where that is asked for."""
@@ -363,7 +383,7 @@ def _peak_bytes() -> int:
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
+    except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
 
 

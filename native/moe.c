@@ -42,9 +42,10 @@ static void drop_threads(struct hb_moe *moe) {
 }
 
 void hb_moe_set_n_threads(struct hb_moe *moe, int n_threads) {
-    if (n_threads != moe->n_threads) {
+    int wanted = n_threads > 0 ? n_threads : GGML_DEFAULT_N_THREADS; /* as ggml_graph_plan has it */
+    if (wanted != moe->n_threads) {
         drop_threads(moe);
-        moe->n_threads = n_threads;
+        moe->n_threads = wanted;
     }
 }
 
