@@ -7,6 +7,7 @@ are used, so that `hobbit --help` is quick.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import select
@@ -15,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ import typer
 from .errors import HobbitError, ModelError, UsageError
 from .render import (
     Screen,
+    cap_lines,
     mode_line,
     model_line,
     resident_lines,
@@ -65,10 +67,11 @@ class Interrupted(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; no exception leaves here."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # it is a TextIOWrapper
     try:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        _open_standard_streams()
         code = app(args=arguments, standalone_mode=False, prog_name="hobbit")
+        _print("")  # what was printed without flushing it
         return code if isinstance(code, int) else 0
     except BaseException as exc:  # the last resort: whatever it is, one line and an exit code
         return _report(exc)
@@ -76,6 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
+
+
+def _open_standard_streams() -> None:
+    """Give closed streams /dev/null: else a file opened later gets their number, and the output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 # for good
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _report(exc: BaseException) -> int:
@@ -87,7 +104,8 @@ def _report(exc: BaseException) -> int:
     if isinstance(exc, KeyboardInterrupt):
         screen.error("interrupted")
         # A thread may be inside llama.cpp still: leave without waiting for it.
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(_signal_code(exc))
     if isinstance(exc, BrokenPipeError):
         _forget_stdout()
@@ -102,10 +120,14 @@ def _report(exc: BaseException) -> int:
     if format_message is not None:
         screen.error(format_message(), "hobbit --help, hobbit run --help")
         return int(getattr(exc, "exit_code", 2))
+    if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+        _forget_stdout()
+        screen.error(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc.strerror))
+        return EXIT_DISK_FULL
     screen.error(f"{type(exc).__name__}: {exc}", "set HOBBIT_VERBOSE=1 to see where")
     if os.environ.get("HOBBIT_VERBOSE"):
         traceback.print_exception(exc)
-    return EXIT_DISK_FULL if isinstance(exc, OSError) and exc.errno == errno.ENOSPC else 1
+    return 1
 
 
 def _signal_code(exc: KeyboardInterrupt) -> int:
@@ -113,7 +135,7 @@ def _signal_code(exc: KeyboardInterrupt) -> int:
 
 
 def _forget_stdout() -> None:
-    """Keep the interpreter from flushing into a closed pipe when it exits."""
+    """Keep the interpreter from flushing into a closed pipe or a full disk when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -144,6 +166,11 @@ def _flag(*names: str, help: str = "", hidden: bool = False, **more: Any) -> Any
     return typer.Option(
         *names, help=help, envvar=variable, show_envvar=False, hidden=hidden, **more
     )
+
+
+def _ignored(*names: str) -> Any:
+    """Take flags of llama.cpp that ask for what hobbit does anyway, or has no use for."""
+    return typer.Option(*names, hidden=True)
 
 
 def _refuse(param: typer.CallbackParam, value: Any) -> Any:
@@ -192,7 +219,8 @@ def run(
             "--predict",
             "--n-predict",
             "--max-tokens",
-            help="Tokens to generate; -1: until the end of the answer (default: -1; demo: 256).",
+            help="Tokens to generate; 0: only read the prompt; -1: until the end of the answer "
+            "(default: -1; demo: 256).",
         ),
     ] = None,
     ctx_size: Annotated[
@@ -269,14 +297,22 @@ def run(
     cpu_moe: Annotated[bool, _dead("-cmoe", "--cpu-moe")] = False,
     n_cpu_moe: Annotated[str | None, _dead("-ncmoe", "--n-cpu-moe")] = None,
     override_tensor: Annotated[str | None, _dead("-ot", "--override-tensor")] = None,
+    conversation: Annotated[
+        bool, _ignored("-cnv", "--conversation", "-no-cnv", "--no-conversation")
+    ] = False,
+    single_turn: Annotated[bool, _ignored("-st", "--single-turn")] = False,
+    show_timings: Annotated[bool, _ignored("--show-timings", "--no-show-timings")] = False,
+    load_mode: Annotated[bool, _ignored("--mmap", "--no-mmap", "--mlock")] = False,
+    escape: Annotated[bool, _ignored("-e", "--escape")] = False,
 ) -> int:
     """Generate text from a prompt."""
-    from .options import Options
-
-    values = {k: v for k, v in locals().items() if k in Options.__dataclass_fields__}
-    for name in ("words", "reverse_prompt"):
-        values[name] = tuple(values[name] or ())
+    values = dict(locals())
     try:
+        from .options import Options
+
+        values = {name: values[name] for name in Options.__dataclass_fields__}
+        for name in ("words", "reverse_prompt"):
+            values[name] = tuple(values[name] or ())
         return _run(Options(**values))
     except KeyboardInterrupt as exc:
         raise Interrupted from exc
@@ -293,23 +329,28 @@ def verify(
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Compare every logit with stock llama.cpp's, bit by bit, at several cache sizes."""
-    from .cpus import physical_cores
+    try:
+        return _verify(model, threads, Screen(quiet))
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
+
+
+def _verify(model: str | None, threads: int | None, screen: Screen) -> int:
+    from .generate import interruptible
     from .options import Options
-    from .stock import Job
+    from .stock import Job, StockProcess
     from .verify import EXIT_DIFFERENT
     from .verify import verify as compare
 
-    screen = Screen(quiet)
-    try:
-        options = Options(model=model)
-        _check_name(options)
-        path = _model_path(options, screen)
-        job = replace(Job(), n_threads=threads or physical_cores())
-        rows = compare(path, job=job, on_progress=screen.say)
-    except KeyboardInterrupt as exc:
-        raise Interrupted from exc
+    options = Options(model=model, threads=threads)
+    _check_name(options)
+    path = _model_path(options, screen)
+    job = replace(Job(), n_threads=options.n_threads)
+    # An interrupted comparison goes on in its thread until the process ends; its child ends here.
+    with StockProcess() as stock:
+        rows = interruptible(lambda: compare(path, job=job, stock=stock, on_progress=screen.say))
     for line in verify_lines(rows):
-        print(line)
+        _print(f"{line}\n")
     return 0 if all(row.equal for row in rows) else EXIT_DIFFERENT
 
 
@@ -317,15 +358,19 @@ def _run(options: Options) -> int:
     from .generate import Prompt, generate, has_chat_template
     from .gguf_file import open_gguf
     from .layout import build_layout
-    from .options import DEMO_PROMPT, read_prompt, sampling, system_prompt
+    from .memory import resolve_cap
+    from .options import DEMO_PROMPT, grammar, read_prompt, sampling, system_prompt
 
     screen = Screen(options.quiet, options.color)
     _check_name(options)
+    # What needs no model to be found wrong is told before one is fetched, made or loaded.
+    resolve_cap(options.memory)
+    answer_grammar = grammar(options)
     text = read_prompt(options, _stdin(screen))
     system = system_prompt(options)
     path = _model_path(options, screen)
     layout = build_layout(open_gguf(path))
-    settings = sampling(options, layout.gguf.get)
+    settings = sampling(options, layout.gguf.get, answer_grammar)
     if not text:
         text = DEMO_PROMPT
         screen.say(f"no prompt given, so the demo is asked: {text}")
@@ -368,8 +413,7 @@ def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
 
     def introduce(plan: MemoryPlan) -> None:
         screen.say(mode_line(plan))
-        if options.verbose:
-            screen.say(plan.describe())
+        screen.say(*([plan.describe()] if options.verbose else cap_lines(plan)))
 
     def load() -> Llama:
         from .llama import Llama
@@ -386,9 +430,10 @@ def _check_name(options: Options) -> None:
         return
     path = Path(name).expanduser()
     if not path.exists() and path.suffix != ".gguf" and len(path.parts) == 1:
+        hint = " (a prompt for it is given with -p)" if " " in name else ""
         raise ModelError(
             f"no model is called {name!r}: name a .gguf file, a Hugging Face repository with -hf, "
-            "or demo, the built-in model"
+            f"or demo, the built-in model{hint}"
         )
 
 
@@ -423,8 +468,14 @@ def _stdin(screen: Screen) -> TextIO | None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        _forget_stdout()
+        raise HobbitError(f"cannot write to stdout: {exc.strerror}") from exc
 
 
 def _mute(text: str) -> None:

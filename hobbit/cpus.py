@@ -1,4 +1,4 @@
-"""How many processors the process may use."""
+"""What the processor is like, and how much of it the process may use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 _SYSFS = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def physical_cores(sysfs: Path = _SYSFS) -> int:
@@ -16,6 +17,14 @@ def physical_cores(sysfs: Path = _SYSFS) -> int:
     allowed = _allowed()
     cores = {_siblings(sysfs / f"cpu{number}") or str(number) for number in allowed}
     return max(len(cores), 1)
+
+
+def has_amx(cpuinfo: Path = _CPUINFO) -> bool:
+    """llama-cpp-python 0.3.36 crashes in its AMX kernels; without repacking they are not used."""
+    try:
+        return "amx_tile" in cpuinfo.read_text()
+    except OSError:
+        return False
 
 
 def _allowed() -> set[int]:

@@ -6,6 +6,7 @@ cancel the model, which then stops within a layer.
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
@@ -25,6 +26,9 @@ _T = TypeVar("_T")
 # has nothing to stop.
 _CANCEL_INTERVAL_S = 0.05
 
+# A logit that no other exceeds.
+_FORCED = 1e9
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -41,7 +45,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens: llama.cpp's names and defaults. `max_tokens` None is no limit."""
+    """How to choose tokens: llama.cpp's names and defaults.
+
+    `max_tokens` None is no limit, and 0 evaluates the prompt only. `grammar` is GBNF text.
+    """
 
     max_tokens: int | None = None
     temperature: float = 0.8
@@ -52,7 +59,6 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     grammar: str = ""
-    json_schema: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,12 @@ class Result:
 
 @dataclass
 class _Run:
-    """What the two threads share; the queue carries pieces of text, then None."""
+    """What the two threads share; the queue carries pieces of text, then None.
 
+    llama-cpp-python samples one token at least: with `prompt_only` it is not taken for an answer.
+    """
+
+    prompt_only: bool = False
     pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)
     first_at: float = 0.0
@@ -120,7 +130,7 @@ def generate(
     """
     arguments = _arguments(llm, sampling)
     before, start = llm.stats, time.monotonic()
-    run = _Run()
+    run = _Run(prompt_only=sampling.max_tokens == 0)
     worker = threading.Thread(target=_work, args=(run, llm, prompt, arguments), daemon=True)
     worker.start()
     text: list[str] = []
@@ -129,13 +139,16 @@ def generate(
         while (piece := run.pieces.get()) is not None:
             text.append(piece)
             on_text(piece)
-    except KeyboardInterrupt as exc:
-        signal = exc
-    finally:
+    except BaseException as exc:
         run.stop.set()
         while worker.is_alive():
             llm.cancel()
             worker.join(_CANCEL_INTERVAL_S)
+        if not isinstance(exc, KeyboardInterrupt):
+            raise
+        signal = exc
+    # Not cancelled when it ended by itself: that would stop what the model is asked next.
+    worker.join()
     if run.error is not None and not (isinstance(run.error, Cancelled) and signal):
         raise _translated(run.error)
     stats = llm.stats.minus(before)
@@ -150,11 +163,15 @@ def _work(run: _Run, llm: Llama, prompt: Prompt, arguments: dict[str, Any]) -> N
         for piece, reason in _pieces(llm, prompt, arguments):
             if run.stop.is_set():
                 break
+            if run.prompt_only:
+                continue
             if not run.first_at:
                 run.first_at, run.at_first = time.monotonic(), llm.stats
             if piece:
                 run.pieces.put(piece)
             run.finish_reason = reason or run.finish_reason
+        if run.prompt_only and not run.stop.is_set():
+            run.finish_reason = "length"
     except BaseException as exc:  # raised again by the thread that waits
         run.error = exc
     finally:
@@ -186,33 +203,55 @@ def _arguments(llm: Llama, sampling: Sampling) -> dict[str, Any]:
         "seed": sampling.seed,
         "stop": list(sampling.stop),
     }
-    if sampling.grammar or sampling.json_schema:
-        arguments["grammar"] = _grammar(llm, sampling)
+    if sampling.max_tokens == 0:
+        # For llama-cpp-python 0 is no limit, and 1 is several tokens where they make one character.
+        return arguments | {"max_tokens": 1, "logit_bias": {llm.token_eos(): _FORCED}}
+    if sampling.grammar:
+        from llama_cpp.llama_grammar import LlamaGrammar
+
+        _check_grammar(sampling.grammar, llm._model.vocab)
+        arguments["grammar"] = LlamaGrammar.from_string(sampling.grammar, verbose=False)
     return arguments
 
 
-def _grammar(llm: Llama, sampling: Sampling) -> Any:
-    """Make the grammar, parsed once here: the sampler of llama-cpp-python does not check it."""
+def parsed_grammar(text: str, json_schema: str = "") -> str:
+    """Return the GBNF text of a JSON schema, or else `text`; needs no model to find mistakes."""
+    if json_schema:
+        text = _schema_grammar(json_schema)
+    if text:
+        _check_grammar(text)
+    return text
+
+
+def _schema_grammar(schema: str) -> str:
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        return str(json_schema_to_gbnf(schema))
+    except json.JSONDecodeError as exc:
+        reason = f"it is not JSON: {exc}"
+    except (AssertionError, ValueError) as exc:
+        # Upstream's sentence, in which a part of the schema stands as Python writes it.
+        reason = str(exc).replace("'", '"') or "llama.cpp has no grammar for it"
+    except Exception:  # its converter fails in any way on what is JSON, but no schema
+        reason = "it is JSON, but not a schema"
+    raise UsageError(f"the JSON schema cannot be used: {reason}")
+
+
+def _check_grammar(text: str, vocab: Any = None) -> None:
+    """Parse it once: the sampler of llama-cpp-python does not say when a grammar is wrong.
+
+    A grammar may name tokens, as in <think>: that cannot be judged without the vocabulary.
+    """
     from llama_cpp import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr
-    from llama_cpp.llama_grammar import LlamaGrammar
 
-    if sampling.json_schema:
-        try:
-            grammar = LlamaGrammar.from_json_schema(sampling.json_schema, verbose=False)
-        except Exception as exc:  # upstream raises whatever its converter stumbles over
-            raise UsageError(f"the JSON schema cannot be used: {exc!r}") from exc
-    else:
-        grammar = LlamaGrammar.from_string(sampling.grammar, verbose=False)
-    vocab = llm._model.vocab
-    assert vocab is not None
-    text = grammar._grammar.encode()
     with suppress_stdout_stderr(disable=False):
-        sampler = llama_cpp.llama_sampler_init_grammar(vocab, text, grammar._root.encode())
-    if not sampler:
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+    if sampler:
+        llama_cpp.llama_sampler_free(sampler)
+    elif vocab is not None or "<" not in text:
         raise UsageError("the grammar cannot be parsed; it must be GBNF with a rule named root")
-    llama_cpp.llama_sampler_free(sampler)
-    return grammar
 
 
 def _translated(error: BaseException) -> BaseException:

@@ -163,10 +163,12 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     """Read and check the header of a model; `path` is its only file or the first of its parts."""
     first = Path(path)
     part, entries, tensors = _read_part(first, 0)
+    # Before the architecture, which only the first part names: a later part is told what it is.
+    siblings = _siblings(first, entries)
     if not isinstance(_value(entries, "general.architecture"), str):
         raise ModelError(f"{first}: the header names no architecture: not a model")
     parts = [part]
-    for index, sibling in enumerate(_siblings(first, entries), start=1):
+    for index, sibling in enumerate(siblings, start=1):
         if not sibling.exists():
             raise ModelError(f"{sibling}: part {index + 1} of this model is missing")
         part, own, more = _read_part(sibling, index)

@@ -20,6 +20,7 @@ import llama_cpp.llama_cpp as upstream_api
 
 from . import _log
 from ._native import CancelFlag
+from .cpus import has_amx
 from .errors import (
     Cancelled,
     HobbitError,
@@ -148,7 +149,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         is_prompt = len(tokens) != 1 or before == 0
         start = time.perf_counter()
         try:
-            with self._translated():
+            with self.translated_errors():
                 super().eval(tokens)
         finally:
             seconds, done = time.perf_counter() - start, self.n_tokens - before
@@ -161,7 +162,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def embed(self, *arguments: Any, **named: Any) -> Any:
         """See llama_cpp.Llama.embed."""
-        with self._translated():
+        with self.translated_errors():
             return super().embed(*arguments, **named)
 
     def close(self) -> None:
@@ -184,7 +185,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         )
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated_errors(self) -> Iterator[None]:
+        """Around calls of llama.cpp on our context: raise ReadError or Cancelled."""
         failure: RuntimeError | None = None
         try:
             with _log.captured(self.verbose):
@@ -215,7 +217,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return streamed.load(params, self.verbose)
 
     def _load_resident(self, params: Any) -> int:
-        params.use_extra_bufts = params.use_extra_bufts and not _has_amx()
+        params.use_extra_bufts = params.use_extra_bufts and not has_amx()
         if params.vocab_only:
             self._make_plan(ContextMemory(0, 0, 0), ())
         else:
@@ -393,14 +395,6 @@ def _resident_bytes() -> int:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
     return pages * resource.getpagesize()
-
-
-def _has_amx() -> bool:
-    """llama-cpp-python 0.3.36 crashes in its AMX kernels; without repacking they are not used."""
-    try:
-        return "amx_tile" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 Llama.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

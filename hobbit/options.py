@@ -11,13 +11,17 @@ from typing import Any, TextIO
 
 from .cpus import physical_cores
 from .errors import UsageError
-from .generate import Sampling
+from .generate import Sampling, parsed_grammar
 from .gguf_file import padded
 
 DEMO = "demo"
 DEMO_PROMPT = "Explain in a few sentences why the sky is blue."
 DEMO_TOKENS = 256
 DEFAULT_CONTEXT = 4096
+# ggml's GGML_MAX_N_THREADS.
+MAX_THREADS = 512
+# llama.cpp takes 32 bits, of which the largest number means a random seed.
+MAX_SEED = 2**32 - 2
 
 # The types that llama.cpp accepts for the KV cache, with ggml's numbers.
 KV_TYPES = {
@@ -82,10 +86,14 @@ class Options:
             if value not in allowed:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} {value}: must be one of {', '.join(allowed)}")
-        if self.predict is not None and (self.predict == 0 or self.predict < -2):
+        for flag, count in (("-t", self.threads), ("-tb", self.threads_batch)):
+            if count is not None and count > MAX_THREADS:
+                raise UsageError(f"{flag} {count}: must be at most {MAX_THREADS}")
+        if self.predict is not None and self.predict < -2:
             raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
-        if self.seed < -1:
-            raise UsageError(f"--seed {self.seed}: must be -1 (random) or a number from 0 on")
+        if not -1 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be -1 (random), or from 0 to {MAX_SEED}")
+        _gpu_layers(self.gpu_layers)
 
     @property
     def model_name(self) -> str | None:
@@ -95,6 +103,12 @@ class Options:
     @property
     def is_demo(self) -> bool:
         return not self.hf_repo and self.model_name in (None, DEMO)
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that compute: as asked, or one a core."""
+        asked = self.threads
+        return asked if asked is not None and asked > 0 else physical_cores()
 
     @property
     def prompt_words(self) -> tuple[str, ...]:
@@ -157,7 +171,15 @@ _SAMPLING = (
 )
 
 
-def sampling(options: Options, metadata: Callable[[str, Any], Any]) -> Sampling:
+def grammar(options: Options) -> str:
+    """Return the grammar of the answer as checked GBNF text; empty when there is none."""
+    return parsed_grammar(
+        _text_or_file(options.grammar, options.grammar_file),
+        _text_or_file(options.json_schema, options.json_schema_file),
+    )
+
+
+def sampling(options: Options, metadata: Callable[[str, Any], Any], grammar: str = "") -> Sampling:
     """Resolve the sampling settings: a flag, else the model's own wish, else llama.cpp's default.
 
     A random seed is drawn here so that it can be reported.
@@ -176,8 +198,7 @@ def sampling(options: Options, metadata: Callable[[str, Any], Any]) -> Sampling:
         **values,
         seed=secrets.randbits(31) if options.seed == -1 else options.seed,
         stop=options.reverse_prompt,
-        grammar=_text_or_file(options.grammar, options.grammar_file),
-        json_schema=_text_or_file(options.json_schema, options.json_schema_file),
+        grammar=grammar,
     )
 
 
@@ -186,14 +207,14 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
     context = options.ctx_size
     if context is None:
         context = min(DEFAULT_CONTEXT, trained_context or DEFAULT_CONTEXT)
-    threads = options.threads if options.threads and options.threads > 0 else physical_cores()
+    threads, batch = options.n_threads, options.threads_batch
     arguments: dict[str, Any] = {
         # llama.cpp rounds up likewise; llama-cpp-python has to know of it.
         "n_ctx": padded(context, 256),
         "n_batch": options.batch_size,
         "n_ubatch": options.ubatch_size,
         "n_threads": threads,
-        "n_threads_batch": options.threads_batch or threads,
+        "n_threads_batch": batch if batch is not None and batch > 0 else threads,
         "n_gpu_layers": _gpu_layers(options.gpu_layers),
         "memory": options.memory,
         "io": options.io,

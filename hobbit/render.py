@@ -93,6 +93,12 @@ def mode_line(plan: MemoryPlan) -> str:
     return f"mode: {_MODES[plan.mode]}   memory {memory_split(plan)}"
 
 
+def cap_lines(plan: MemoryPlan) -> list[str]:
+    """Say why the cap is what it is, unless it is just what was asked for or chosen."""
+    reason = plan.cap.reason
+    return [] if reason == "as asked" or reason.startswith("auto") else [f"memory cap: {reason}"]
+
+
 def model_line(layout: Layout) -> str:
     """Name the model by architecture, parameters, quantisation, size and experts."""
     gguf = layout.gguf

@@ -225,7 +225,8 @@ class StockProcess:
         return found
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, whatever it is doing; harmless when done already, and from any thread."""
+        self._child.kill()
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

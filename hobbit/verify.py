@@ -9,10 +9,11 @@ from typing import Literal
 
 import numpy as np
 
+from .cpus import has_amx
 from .errors import HobbitError, ModelError, PlanError
 from .gguf_file import open_gguf
 from .layout import ExpertGroup, Layout, build_layout
-from .llama import Llama, _has_amx
+from .llama import Llama
 from .memory import resolve_cap
 from .stock import DecodeFailed, Job, Logits, StockProcess, collect
 
@@ -48,13 +49,15 @@ def verify(
     caches: Sequence[str] = CACHES,
     *,
     job: Job | None = None,
+    stock: StockProcess | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> list[VerifyRow]:
     """Compare every logit of a prompt and of decoded tokens at each cache size.
 
     Stock llama.cpp runs first, memory-mapped, in a child process that has ended before hobbit
-    loads the model: the two never need memory at the same time. The first cache
-    size has to fit the memory that is free; a later one that does not is skipped.
+    loads the model: the two never need memory at the same time. A caller that may have to end the
+    child early gives its own as `stock`. The first cache size has to fit the memory that is free; a
+    later one that does not is skipped.
     """
     job = job or Job()
     say = on_progress or (lambda text: None)
@@ -63,10 +66,10 @@ def verify(
         caches = ("all",)
     say("stock llama.cpp")
     # A model without experts runs with llama.cpp's own buffer types where the CPU can.
-    extra = not layout.groups and not _has_amx()
+    extra = not layout.groups and not has_amx()
     try:
-        with StockProcess() as stock:
-            (expected,) = stock.logits(path, [job], extra_buffers=extra)
+        with stock or StockProcess() as child:
+            (expected,) = child.logits(path, [job], extra_buffers=extra)
     except DecodeFailed as error:
         raise ModelError(f"{path}: stock llama.cpp cannot run it here: {error}") from error
     rows = []
@@ -106,7 +109,7 @@ def _run(
     free = resolve_cap("auto").bytes
     with Llama(str(path), cache_bytes=size, memory=free, **job.llama_arguments()) as llama:
         try:
-            with llama._translated():
+            with llama.translated_errors():
                 found = collect(llama, job)
         except DecodeFailed as error:
             raise HobbitError(f"{path}: {error}") from error

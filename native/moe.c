@@ -69,7 +69,7 @@ bool hb_moe_supports(const struct ggml_tensor *op) {
     return hb_shape_supports(op, hb_segment_is_streamed);
 }
 
-/* Not through a CPU backend object: that would allocate with C++'s new, and an exception must not leave our lock held. */
+/* Not through a CPU backend object: that allocates with C++'s new, and an exception must not leave our lock held. */
 static enum ggml_status run(struct hb_moe *moe, const struct hb_segment *s, struct ggml_tensor **nodes, int n_nodes) {
     struct ggml_cgraph graph = *s->graph; /* shares the use counts, which ggml's fusion asks for */
     graph.nodes = nodes;
@@ -255,7 +255,7 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
         return GGML_STATUS_FAILED;
     }
     if (!hb_routing_read(&moe->routing, s->ids, n_expert)) {
-        hb_model_fail(s->model, "the router chose an expert that does not exist, or there is no memory for its choices");
+        hb_model_fail(s->model, "the router chose an expert that does not exist, or memory is short");
         return GGML_STATUS_FAILED;
     }
     struct hb_arena arena = hb_model_arena(s->model, s->group);

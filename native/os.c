@@ -193,7 +193,8 @@ static int cookie_seek(void *cookie, off64_t *offset, int whence) {
     return position < 0 ? -1 : 0;
 }
 static FILE *cookie_open(struct stream *s) {
-    return fopencookie(s, "rb", (cookie_io_functions_t) {.read = cookie_read, .seek = cookie_seek, .close = stream_close});
+    cookie_io_functions_t functions = {.read = cookie_read, .seek = cookie_seek, .close = stream_close};
+    return fopencookie(s, "rb", functions);
 }
 #endif
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 
 import hobbit
@@ -89,6 +90,14 @@ def assert_same(expected: Logits, found: Logits, what: str = "") -> None:
         f"{what}: {len(where)} of {different.size} rows of logits differ, first at (position, "
         f"sequence) {tuple(where[0].tolist())}, by at most {gap}"
     )
+
+
+def skip_without_direct(path: Path) -> None:
+    """Skip a test of direct reads on a file system that has none, as tmpfs before Linux 6.6."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+    except OSError:
+        pytest.skip(f"{path.parent} is on a file system without direct I/O")
 
 
 def run(llama: hobbit.Llama, job: Job = JOB) -> Logits:

@@ -31,5 +31,12 @@ def test_without_a_topology(tmp_path: Path) -> None:
     assert cpus.physical_cores(tmp_path) == 4
 
 
+def test_amx(tmp_path: Path) -> None:
+    (tmp_path / "with").write_text("flags : fpu amx_bf16 amx_tile\n")
+    (tmp_path / "without").write_text("flags : fpu avx2\n")
+    found = [cpus.has_amx(tmp_path / name) for name in ("with", "without", "absent")]
+    assert found == [True, False, False]
+
+
 def test_this_machine() -> None:
     assert cpus.physical_cores() >= 1

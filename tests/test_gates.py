@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
-from gates import JOB, Bench, assert_same, layout_of, opened, run
+from gates import JOB, Bench, assert_same, layout_of, opened, run, skip_without_direct
 
 from hobbit.stock import Job, Logits
 from hobbit.verify import CACHES
@@ -211,6 +211,8 @@ def _copy(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("feature", ["aligned-4096", "odd-size"])
 def test_io(io: str, io_threads: int, feature: str, bench: Bench) -> None:
     path = bench.model(feature, lambda path: tiny.make(path, **FEATURES[feature]))
+    if io == "direct":
+        skip_without_direct(path)
     check(path, bench.stock(path), "floor", io=io, io_threads=io_threads)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -10,7 +11,15 @@ from typing import Any, cast
 import pytest
 
 from hobbit.errors import Cancelled, HobbitError, ReadError, UsageError
-from hobbit.generate import Prompt, Result, Sampling, generate, has_chat_template, interruptible
+from hobbit.generate import (
+    Prompt,
+    Result,
+    Sampling,
+    generate,
+    has_chat_template,
+    interruptible,
+    parsed_grammar,
+)
 from hobbit.stats import Stats
 
 
@@ -29,6 +38,9 @@ class FakeLlama:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+    def token_eos(self) -> int:
+        return 2
 
     def _answer(self) -> Iterator[tuple[str, str | None]]:
         self.stats = Stats(tokens_prompt=3, prompt_s=0.5, misses=9)
@@ -87,6 +99,30 @@ def test_the_arguments() -> None:
         "seed": 7,
         "stop": ["END"],
     }
+
+
+def test_the_prompt_only() -> None:
+    llm = FakeLlama("a")
+    seen: list[str] = []
+    result = run(llm, sampling=Sampling(max_tokens=0), on_text=seen.append)
+    assert (result.text, seen, result.finish_reason, result.tokens) == ("", [], "length", 0)
+    assert result.stats.tokens_prompt == 3
+    assert llm.calls[0][1]["max_tokens"] == 1
+    assert llm.calls[0][1]["logit_bias"] == {2: 1e9}
+
+
+def test_what_ends_by_itself_is_not_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancellation after the end would stop whatever the model is asked next."""
+
+    class Lingering(threading.Thread):
+        def run(self) -> None:
+            super().run()
+            time.sleep(0.1)
+
+    monkeypatch.setattr(threading, "Thread", Lingering)
+    llm = FakeLlama("a")
+    run(llm)
+    assert not llm.cancelled.is_set()
 
 
 def test_chat_messages() -> None:
@@ -156,6 +192,35 @@ def test_an_error_of_the_reader_of_the_text_stops_the_model() -> None:
 def test_errors(error: Exception, expected: type[Exception], message: str) -> None:
     with pytest.raises(expected, match=message):
         run(FakeLlama("a", error=error))
+
+
+@pytest.mark.parametrize("text", ["", 'root ::= "a" | <think>', 'root ::= "<b>"'])
+def test_grammar(text: str) -> None:
+    assert parsed_grammar(text) == text
+
+
+def test_grammar_of_a_schema() -> None:
+    assert "root ::= " in parsed_grammar("", '{"type": "integer"}')
+
+
+@pytest.mark.parametrize("text", ["root", 'other ::= "a"', 'root ::= "a', "root ::= root"])
+def test_a_wrong_grammar(text: str) -> None:
+    with pytest.raises(UsageError, match="the grammar cannot be parsed"):
+        parsed_grammar(text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ("{", "it is not JSON: Expecting property name"),
+        ('{"type": "nothing"}', 'Unrecognized schema: {"type": "nothing"}'),
+        ('{"$ref": "https://x/y"}', "Fetching remote schemas is not allowed"),
+        ("5", "it is JSON, but not a schema"),
+    ],
+)
+def test_a_wrong_schema(schema: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(reason)):
+        parsed_grammar("", schema)
 
 
 def test_interruptible() -> None:

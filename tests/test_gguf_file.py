@@ -197,6 +197,15 @@ def test_a_later_part_names_the_first(tmp_path: Path) -> None:
         open_gguf(tmp_path / "m-00002-of-00003.gguf")
 
 
+def test_a_later_part_as_gguf_split_writes_it(tmp_path: Path) -> None:
+    """Only the first part has the model's metadata, the architecture with it."""
+    path = tmp_path / "m-00002-of-00003.gguf"
+    keys = entry("split.count", 2, struct.pack("<H", 3)) + entry("split.no", 2, b"\1\0")
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys + bytes(64))
+    with pytest.raises(ModelError, match=r"part 2 of 3: name the first, m-00001-of-00003\.gguf"):
+        open_gguf(path)
+
+
 def test_a_renamed_first_part_says_its_name(tmp_path: Path) -> None:
     path = write_moe(tmp_path / "m.gguf", tensors_per_part=10).rename(tmp_path / "x.gguf")
     with pytest.raises(ModelError, match=r"must end in -00001-of-00003\.gguf"):

@@ -13,7 +13,9 @@ from hobbit.generate import Sampling
 from hobbit.options import (
     DEMO_TOKENS,
     KV_TYPES,
+    MAX_SEED,
     Options,
+    grammar,
     model_arguments,
     read_prompt,
     sampling,
@@ -85,13 +87,18 @@ def test_token_limits() -> None:
     assert own(Options()).max_tokens == DEMO_TOKENS
     assert own(Options(predict=-1)).max_tokens is None
     assert own(Options(predict=5)).max_tokens == 5
+    assert own(Options(predict=0)).max_tokens == 0
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"predict": 0},
         {"predict": -3},
+        {"seed": -2},
+        {"seed": 2**32 - 1},
+        {"threads": 513},
+        {"threads_batch": 100000},
+        {"gpu_layers": "many"},
         {"io": "mmap"},
         {"flash_attn": "yes"},
         {"color": "red"},
@@ -114,6 +121,12 @@ def test_model_arguments() -> None:
     assert model_arguments(Options(threads=3, threads_batch=5), 0)["n_threads_batch"] == 5
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_number_of_threads_is_the_default(count: int) -> None:
+    got = model_arguments(Options(threads=count, threads_batch=count), 0)
+    assert got["n_threads"] == got["n_threads_batch"] == physical_cores()
+
+
 @pytest.mark.parametrize(
     ("asked", "trained", "context"),
     [(None, 0, 4096), (None, 128000, 4096), (None, 512, 512), (0, 512, 0), (100, 512, 256)],
@@ -130,22 +143,28 @@ def test_a_quantised_v_cache_needs_flash_attention() -> None:
 
 
 def test_kv_types_are_ggml_numbers() -> None:
-    from llama_cpp import llama_cpp
+    from gguf import GGMLQuantizationType
 
-    for name, number in KV_TYPES.items():
-        assert getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", number) == number
+    assert {name: GGMLQuantizationType[name.upper()] for name in KV_TYPES} == KV_TYPES
 
 
 @pytest.mark.parametrize(("text", "layers"), [("auto", 0), ("all", -1), ("7", 7), ("-1", -1)])
 def test_gpu_layers(text: str, layers: int) -> None:
     assert model_arguments(Options(gpu_layers=text), 0)["n_gpu_layers"] == layers
-    with pytest.raises(UsageError, match="-ngl many"):
-        model_arguments(Options(gpu_layers="many"), 0)
 
 
-def test_seed_must_not_be_negative() -> None:
-    with pytest.raises(UsageError, match="--seed -2"):
-        Options(seed=-2)
+def test_the_largest_seed_is_used_as_given() -> None:
+    assert own(Options(seed=MAX_SEED)).seed == MAX_SEED == 2**32 - 2
+
+
+def test_grammar(tmp_path: Path) -> None:
+    (tmp_path / "g").write_text('root ::= "a"')
+    (tmp_path / "s").write_text('{"type": "boolean"}')
+    assert grammar(Options()) == ""
+    assert grammar(Options(grammar_file=tmp_path / "g")) == 'root ::= "a"'
+    assert "true" in grammar(Options(json_schema_file=tmp_path / "s"))
+    with pytest.raises(UsageError, match="cannot be parsed"):
+        grammar(Options(grammar="root"))
 
 
 def test_a_model_may_ask_for_its_own_sampling() -> None:

@@ -102,6 +102,21 @@ def test_mode_line() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("reason", "lines"),
+    [
+        ("as asked", 0),
+        ("auto: available on this machine, less 1.0 GiB", 0),
+        ("50% of this machine's memory", 1),
+        ("64.0 GiB asked, but this machine's memory is 24.0 GiB", 1),
+        ("as asked; only 2.0 GiB is available now", 1),
+    ],
+)
+def test_a_cap_that_is_not_as_asked_says_why(reason: str, lines: int) -> None:
+    said = render.cap_lines(plan(Cap(8 * GIB, reason), build_layout(fake(stack(0))), []))
+    assert said == [f"memory cap: {reason}"][:lines]
+
+
 def test_resident_lines() -> None:
     tensors = stack(0) | {"blk.0.ffn_up_exps.weight": ((8, 16, 3), 0)} | stack(1)
     (line,) = render.resident_lines(build_layout(fake(tensors)))

@@ -32,17 +32,17 @@ IMPORTS: dict[str, set[str]] = {
     # Running one.
     "_native": {"errors"},
     "llama": {
-        "_log", "_native", "errors", "gguf_file", "layout", "memory", "stats", "streamed",
+        "_log", "_native", "cpus", "errors", "gguf_file", "layout", "memory", "stats", "streamed",
     },
     "streamed": {"_log", "_native", "errors", "layout", "memory"},
     "generate": {"errors", "llama", "stats"},
-    "verify": {"errors", "gguf_file", "layout", "llama", "memory", "stock"},
+    "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a person touches.
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
     "cli": {
-        "cpus", "demo", "errors", "generate", "gguf_file", "hub", "layout", "llama", "memory",
-        "options", "render", "stock", "verify",
+        "demo", "errors", "generate", "gguf_file", "hub", "layout", "llama", "memory", "options",
+        "render", "stock", "verify",
     },
     "options": {"cpus", "errors", "generate", "gguf_file"},
     "render": {"generate", "layout", "memory", "sizes", "verify"},

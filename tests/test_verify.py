@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +154,27 @@ def test_stock_process_survives_an_error(bench: Bench, tmp_path: Path) -> None:
             stock.logits(tmp_path / "absent.gguf", [SHORT])
         (found,) = stock.logits(bench.arch("llama"), [SHORT])
         assert found.shape == (48, 1, tiny.N_VOCAB)
+
+
+def test_stock_process_that_is_closed_while_it_works(bench: Bench) -> None:
+    """As when a comparison is interrupted: another thread waits for the answer."""
+    stock = StockProcess()
+    job = replace(SHORT, n_decode=2000)
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            stock.logits(bench.arch("llama"), [job])
+        except DecodeFailed as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.2)
+    stock.close()
+    thread.join(10)
+    assert len(failed) == 1
+    stock.close()
 
 
 def test_stock_process_that_dies(bench: Bench) -> None:

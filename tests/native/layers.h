@@ -186,7 +186,8 @@ static inline void fill_tensors(struct arm *arm) {
 }
 
 static inline ggml_backend_t new_streaming_backend(void) {
-    hobbit_register();
+    char err[256];
+    CHECK(hobbit_register(err, sizeof err) == HOBBIT_OK);
     ggml_backend_t backend = ggml_backend_dev_init(ggml_backend_dev_by_name("Hobbit"), NULL);
     CHECK(backend != NULL);
     return backend;

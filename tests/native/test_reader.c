@@ -121,9 +121,12 @@ static bool direct_works(void) {
     return works;
 }
 
+static bool skipped;
+
 static void direct_reads_are_exact(void) {
     if (!direct_works()) {
-        printf("  no direct reads here: skipped\n");
+        printf("  no direct reads in this folder: skipped\n");
+        skipped = true;
         return;
     }
     read_many(true, false, 1);
@@ -418,5 +421,5 @@ int main(void) {
     RUN(a_thread_without_its_buffer_reads_in_place_only);
     RUN(no_job_is_lost_or_doubled);
     CHECK_EQUAL(files_open(), open_before);
-    return 0;
+    return skipped ? CHECK_SKIPPED : 0;
 }
