@@ -144,6 +144,7 @@ def generate(
         while worker.is_alive():
             llm.cancel()
             worker.join(_CANCEL_INTERVAL_S)
+        llm.cancel(False)
         if not isinstance(exc, KeyboardInterrupt):
             raise
         signal = exc

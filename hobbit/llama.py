@@ -134,12 +134,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             }
         return Stats(**fields)
 
-    def cancel(self) -> None:
+    def cancel(self, on: bool = True) -> None:
         """Stop the running evaluation, or else the next, within a layer: it raises Cancelled.
 
-        From any thread.
+        From any thread. False takes it back, where nothing was running.
         """
-        self._cancelled.set(True)
+        self._cancelled.set(on)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens; see llama_cpp.Llama.eval. Raises ReadError and Cancelled."""
@@ -218,6 +218,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _load_resident(self, params: Any) -> int:
         params.use_extra_bufts = params.use_extra_bufts and not has_amx()
+        if params.load_mode == llama_cpp.LLAMA_LOAD_MODE_MMAP:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # mapped pages could be evicted
         if params.vocab_only:
             self._make_plan(ContextMemory(0, 0, 0), ())
         else:
