@@ -34,10 +34,13 @@ class FakeLlama:
         self.stats = Stats()
         self.calls: list[tuple[Any, dict[str, Any]]] = []
         self.cancelled = threading.Event()
+        self.cancel_left_on = False
         self.stopped = False
 
-    def cancel(self) -> None:
-        self.cancelled.set()
+    def cancel(self, on: bool = True) -> None:
+        if on:
+            self.cancelled.set()
+        self.cancel_left_on = on
 
     def token_eos(self) -> int:
         return 2
@@ -166,6 +169,7 @@ def test_ctrl_c_before_the_first_token() -> None:
     assert (result.text, result.finish_reason, result.stats.ttft_s) == ("", "cancelled", 0)
     assert result.tokens == 0
     assert llm.stopped
+    assert not llm.cancel_left_on  # it would stop what the model is asked next
 
 
 def test_an_error_of_the_reader_of_the_text_stops_the_model() -> None:
