@@ -17,7 +17,9 @@ from .errors import PlanError, UsageError
 from .layout import Layout
 from .sizes import format_size, parse_size
 
+# Other programs take from the machine's memory at any time; a cgroup is mostly the process's own.
 MIN_HEADROOM = 512 << 20
+MIN_CGROUP_HEADROOM = 64 << 20
 HEADROOM_SHARE = 0.10
 
 # Version 1 writes "no limit" as a number near 2^63.
@@ -109,14 +111,21 @@ class MemoryPlan:
 
 def available_memory(root: Path = _ROOT) -> tuple[int, str]:
     """Return what can still be used without swapping or being killed, and what limits it."""
-    fields = _meminfo(root)
-    free = fields.get("MemAvailable")
+    return min((free, reason) for free, reason, _ in _limits(root))
+
+
+def _limits(root: Path) -> Iterator[tuple[int, str, int]]:
+    """Yield what each limit leaves, its name, and the headroom it needs."""
+    free = _meminfo(root).get("MemAvailable")
     if free is None:
-        return _physical() // 2, "half of the machine's memory: its use is not known here"
-    choices = [(free, "available on this machine")]
+        free, reason = _physical() // 2, "half of the machine's memory: its use is not known here"
+    else:
+        reason = "available on this machine"
+    yield free, reason, max(MIN_HEADROOM, int(free * HEADROOM_SHARE))
     for limit, used, where in _cgroups(root):
-        choices.append((max(limit - used, 0), f"left of the {format_size(limit)} cgroup {where}"))
-    return min(choices)
+        free = max(limit - used, 0)
+        headroom = max(MIN_CGROUP_HEADROOM, int(free * HEADROOM_SHARE))
+        yield free, f"left of the {format_size(limit)} cgroup {where}", headroom
 
 
 def total_memory(root: Path = _ROOT) -> tuple[int, str]:
@@ -133,8 +142,7 @@ def resolve_cap(text: str | int, root: Path = _ROOT) -> Cap:
     """
     total, limit = total_memory(root)
     if text == "auto":
-        free, reason = available_memory(root)
-        headroom = max(MIN_HEADROOM, int(free * HEADROOM_SHARE))
+        free, reason, headroom = min(_limits(root), key=lambda limit: limit[0] - limit[2])
         return Cap(max(free - headroom, 0), f"auto: {reason}, less {format_size(headroom)}")
     if isinstance(text, str) and text.strip().endswith("%"):
         size, reason = int(total * _percentage(text)), f"{text.strip()} of {limit}"

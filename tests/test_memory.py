@@ -117,6 +117,15 @@ def test_headroom_has_a_minimum(tmp_path: Path) -> None:
     assert resolve_cap("auto", tmp_path).bytes == 2 * GIB - memory.MIN_HEADROOM
 
 
+def test_headroom_in_a_cgroup(tmp_path: Path) -> None:
+    mount = cgroup_v2(machine(tmp_path), "/a")
+    write(mount / "a/memory.current", 0)
+    write(mount / "a/memory.max", GIB)
+    assert resolve_cap("auto", tmp_path).bytes == GIB - int(GIB * memory.HEADROOM_SHARE)
+    write(mount / "a/memory.max", GIB // 4)
+    assert resolve_cap("auto", tmp_path).bytes == GIB // 4 - memory.MIN_CGROUP_HEADROOM
+
+
 @pytest.mark.parametrize("text", ["0", 0, -5, "-1G", "much", "0%", "101%", "x%", "nan%", "8Q"])
 def test_bad_caps(text: str | int, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
