@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +12,9 @@ import pytest
 
 # Building the demo takes minutes, so it is shared between runs of the tests.
 _CACHE = os.environ.get("HOBBIT_TEST_CACHE") or str(Path.home() / ".cache" / "hobbit")
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
