@@ -33,7 +33,7 @@ from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, plan, resolve_cap, total_memory
 from .stats import Stats
-from .streamed import ContextMemory, Io, StreamedModel, measure
+from .streamed import ContextMemory, Io, StreamedModel, made, measure
 
 # Arguments that llama-cpp-python once had; scripts still pass them.
 _DEAD_ARGUMENTS = {"n_gqa", "n_parts", "f16_kv", "rms_norm_eps", "mul_mat_q", "low_vram"}
@@ -227,12 +227,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return self._load_path(params)
 
     def _load_path(self, params: Any) -> int:
-        with _log.captured(self.verbose) as errors:
-            model = _load_from_file(self.model_path.encode(), params)
-        if not model:
-            why = _log.reason(errors)
-            raise UnsupportedModelError(f"{self.model_path}: llama.cpp cannot load it: {why}")
-        return int(model)
+        return made(
+            lambda: _load_from_file(self.model_path.encode(), params),
+            f"{self.model_path}: llama.cpp cannot load it",
+            self.verbose,
+        )
 
     def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[int]) -> None:
         cache, process = self._own_arguments["cache_bytes"], _resident_bytes() + _PROCESS_GROWTH
@@ -324,12 +323,11 @@ def _patched(llm: Llama) -> Iterator[None]:
         function, data = llm._cancelled.abort_callback()
         params.abort_callback = upstream_api.ggml_abort_callback(function)
         params.abort_callback_data = data
-        with _log.captured(llm.verbose) as errors:
-            context = _init_from_model(model, params)
-        if not context:
-            why = _log.reason(errors)
-            raise UnsupportedModelError(f"{llm.model_path}: llama.cpp makes no context: {why}")
-        return context
+        return made(
+            lambda: _init_from_model(model, params),
+            f"{llm.model_path}: llama.cpp makes no context",
+            llm.verbose,
+        )
 
     with _patch_lock:
         upstream_api.llama_model_load_from_file = load_from_file

@@ -37,6 +37,15 @@ class ContextMemory:
     compute: int
 
 
+def made(call: Callable[[], Any], failure: str, verbose: bool = False) -> int:
+    """Return the address of what llama.cpp makes, or raise with the reason that it logs."""
+    with _log.captured(verbose) as errors:
+        pointer = call()
+    if not pointer:
+        raise UnsupportedModelError(f"{failure}: {_log.reason(errors)}")
+    return int(pointer)
+
+
 def measure(load: Callable[[Any], int], model_params: Any, context_params: Any) -> ContextMemory:
     """What the model that `load` loads and a context would allocate, without allocating it."""
     params = type(model_params).from_buffer_copy(model_params)
@@ -44,10 +53,10 @@ def measure(load: Callable[[Any], int], model_params: Any, context_params: Any) 
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # a mapped file would not be counted
     model = load(params)
     try:
-        with _log.captured(verbose=False) as errors:
-            context = llama_cpp.llama_init_from_model(model, context_params)
-        if not context:
-            raise UnsupportedModelError(f"llama.cpp cannot make a context: {_log.reason(errors)}")
+        context = made(
+            lambda: llama_cpp.llama_init_from_model(model, context_params),
+            "llama.cpp cannot make a context",
+        )
         out = ffi.new("struct hobbit_context_memory *")
         lib.hobbit_context_memory(ffi.cast("struct llama_context *", context), out)
         llama_cpp.llama_free(context)
@@ -162,16 +171,16 @@ class StreamedModel:
         if stream == ffi.NULL:
             raise HobbitError(ffi.string(error).decode(errors="replace"))
         try:
-            with _log.captured(verbose) as errors:
-                model = llama_cpp.llama_model_load_from_file_ptr(_native.address(stream), params)
+            model = made(
+                lambda: llama_cpp.llama_model_load_from_file_ptr(_native.address(stream), params),
+                f"{self.layout.gguf.parts[0].path}: llama.cpp cannot load it",
+                verbose,
+            )
         finally:
             lib.hobbit_stream_close(stream)
             params.tensor_buft_overrides = None
-        if not model:
-            path = self.layout.gguf.parts[0].path
-            raise UnsupportedModelError(f"{path}: llama.cpp cannot load it: {_log.reason(errors)}")
         lib.hobbit_buffer_type_loaded(self._buffer_type)
-        return int(model)
+        return model
 
     def take_error(self) -> str:
         """The last failed read as a sentence, once; empty when there was none."""

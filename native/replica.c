@@ -105,7 +105,6 @@ bool hb_replicas_keep_inputs(struct hb_replicas *r) {
 
 bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *s, const struct hb_routing *routing,
                        struct hb_arena arena) {
-    r->n_tensors = 0;
     r->segment = s;
     r->routing = routing;
     r->arena = arena;

@@ -14,20 +14,11 @@ FOLDERS = ("ggml/include/", "ggml/src/", "include/", "src/")
 
 
 def download(version: str, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += ["--no-binary", "llama-cpp-python", "--no-build-isolation", "--dest", str(folder)]
-    if (
-        subprocess.run([*command, f"llama-cpp-python=={version}"], stdout=sys.stderr).returncode
-        != 0
-    ):
+    options = "--quiet --disable-pip-version-check --no-deps --no-build-isolation"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--no-binary", "llama-cpp-python", "--dest", str(folder)]
+    command += [f"llama-cpp-python=={version}"]
+    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
         sys.exit(
             f"pip cannot download the sdist of llama-cpp-python {version}: its headers are needed"
         )

@@ -16,9 +16,8 @@ def main(wanted: str) -> None:
         sys.exit(f"hobbit is built against llama-cpp-python=={wanted}, which is not installed")
     if found != wanted:
         sys.exit(f"hobbit is built against llama-cpp-python=={wanted}; {found} is installed")
-    spec = importlib.util.find_spec(
-        "llama_cpp"
-    )  # found, not imported: its libraries need not load here
+    # Found, not imported: its libraries need not load here.
+    spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         sys.exit("llama-cpp-python is installed, but its package llama_cpp is not to be found")
     print(Path(spec.origin).parent / "lib")
