@@ -93,6 +93,7 @@ INCLUDES: dict[str, set[str]] = {
     # ggml's and llama.cpp's interfaces.
     "backend.c": {"hobbit.h", "model.h", "moe.h", "os.h", "segment.h"},
     "context_memory.cpp": {"hobbit.h"},
+    "quantize.c": {"hobbit.h"},
 }
 
 # ggml's and llama.cpp's headers, and who includes each.
@@ -101,7 +102,7 @@ GGML: dict[str, set[str]] = {
     "ggml-backend.h": {"context_memory.cpp", "segment.c"},
     "ggml-cpu.h": {"moe.c"},
     "ggml-impl.h": {"moe.c", "segment.c"},
-    "ggml.h": {"moe.h", "routing.h", "segment.h", "shape.h"},
+    "ggml.h": {"moe.h", "quantize.c", "routing.h", "segment.h", "shape.h"},
     "llama-ext.h": {"context_memory.cpp"},
 }
 
