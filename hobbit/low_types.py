@@ -27,7 +27,7 @@ AUTO: dict[str, tuple[Pair | None, Pair | None]] = {
     "f32": (("f16", "f16"), ("f16", "f16")),
     "f16": (("q5_K", "q6_K"), ("q5_0", "q5_1")),
     "bf16": (("q5_K", "q6_K"), ("q5_0", "q5_1")),
-    "q8_0": (("q4_K", "q4_K"), ("iq4_nl", "q4_1")),
+    "q8_0": (("q4_K", "q4_K"), ("q4_0", "q4_1")),
     "q6_K": (("q3_K", "q3_K"), None),
     "q5_1": (("q2_K", "q3_K"), None),
     "q5_0": (("q2_K", "q3_K"), None),
@@ -43,6 +43,10 @@ AUTO: dict[str, tuple[Pair | None, Pair | None]] = {
 
 # Below this many bits a weight, the columns' importance decides whether the copy is any good.
 _IMPORTANCE_BITS = 4.0
+# With an importance, also one that favours no column, ggml searches for the best scales. That takes
+# 5 to 45 times longer and makes the squared error of these types 10 to 20 % smaller (q4_K: 2 %). So
+# q4_0 is within 5 % of iq4_nl, in a fifth of its time.
+_GAIN_FROM_SEARCH = {"q4_0", "q4_1", "q5_0", "q5_1"}
 _WIDE = 256
 
 
@@ -74,6 +78,11 @@ def low_bytes(matrix: ExpertMatrix, kind: int) -> int:
 def wants_importance(types: Iterable[int]) -> bool:
     """Return whether some of these types are too coarse to do without an importance matrix."""
     return any(bits(GGML_TYPES[kind].name) < _IMPORTANCE_BITS for kind in types)
+
+
+def gains_from_search(types: Iterable[int]) -> bool:
+    """Return whether a uniform importance is worth its time for some of these types."""
+    return any(GGML_TYPES[kind].name in _GAIN_FROM_SEARCH for kind in types)
 
 
 def role(matrix: ExpertMatrix) -> str:

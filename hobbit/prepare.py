@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from ._native import lib
 from .cpus import physical_cores
 from .errors import HobbitError, ModelError, UsageError
 from .gguf_file import GGML_TYPES, GGUF, open_gguf
 from .importance import UNIFORM, Gather, Importance, read_importance, write_importance
 from .layout import Layout
 from .low_file import ERROR, KEY, LowPlan, plan_low
-from .low_types import choose, wants_importance
+from .low_types import choose, gains_from_search, wants_importance
 from .low_writer import Progress, Written, part_path, write_low
 
 GATHERED = "gathered from text by hobbit"
@@ -30,7 +31,9 @@ def make_low(
     `low` is as in low_types.choose; 0 threads means one a core. Interrupted, it is continued by the
     next call with the same arguments.
     """
-    types = _types(layout, low, has_importance=importance is not None)
+    types = _types(layout, low)
+    if importance is None:
+        _check_without_importance(types)
     plan = plan_low(layout, types, _told(importance))
     return write_low(
         layout, plan, dest, importance, threads or physical_cores(), progress or _ignore
@@ -51,14 +54,16 @@ def prepare(
     """Make the low copy unless `dest` is already what would be made: then return None.
 
     `imatrix` is none, uniform, a file's path, or auto: types below 4 bits get what `gather`
-    returns, others none. It is called only if the copy is not there yet, and what it returned is
-    kept beside an unfinished copy. A file at `dest` that is no low copy of ours is replaced only
-    if `force`.
+    returns, others uniform or none, whichever is worth it. `gather` is called only if the copy is
+    not there yet, and what it returned is kept beside an unfinished copy. A file at `dest` that is
+    no low copy of ours is replaced only if `force`.
     """
     _check_dest(layout, dest, force)
-    gathered = imatrix == "auto" and wants_importance(_types(layout, low).values())
-    importance = None if gathered else _named(imatrix, layout)
-    types = _types(layout, low, has_importance=gathered or importance is not None)
+    types = _types(layout, low)
+    gathered = imatrix == "auto" and wants_importance(types.values())
+    importance = None if gathered else _named(imatrix, layout, types)
+    if not gathered and importance is None:
+        _check_without_importance(types)
     plan = plan_low(layout, types, GATHERED if gathered else _told(importance))
     if not force and _is_made(dest, plan):
         return None
@@ -77,29 +82,31 @@ def errors_of(low: GGUF) -> dict[str, float]:
     return {key.removeprefix(ERROR): low.get(key) for key in low.entries if key.startswith(ERROR)}
 
 
-def _types(layout: Layout, low: str, has_importance: bool = True) -> dict[str, int]:
-    from ._native import lib
-
+def _types(layout: Layout, low: str) -> dict[str, int]:
     matrices = [matrix for group in layout.groups for matrix in group.matrices]
     if not matrices:
         raise ModelError(
             f"{layout.gguf.parts[0].path}: has no experts that could be streamed: "
             "there is nothing to prepare"
         )
-    types = choose(low, matrices)
+    return choose(low, matrices)
+
+
+def _check_without_importance(types: dict[str, int]) -> None:
     for kind in sorted(set(types.values())):
-        if lib.hobbit_needs_importance(kind) and not has_importance:
+        if lib.hobbit_needs_importance(kind):
             raise UsageError(
                 f"{GGML_TYPES[kind].name} cannot be made without an importance matrix: "
-                "name one with --imatrix FILE"
+                "name one with --imatrix FILE, or take --imatrix uniform"
             )
-    return types
 
 
-def _named(imatrix: str, layout: Layout) -> Importance | None:
-    if imatrix in ("auto", "none"):
-        return None
-    return UNIFORM if imatrix == "uniform" else read_importance(Path(imatrix).expanduser(), layout)
+def _named(imatrix: str, layout: Layout, types: dict[str, int]) -> Importance | None:
+    if imatrix == "auto":
+        return UNIFORM if gains_from_search(types.values()) else None
+    if imatrix in ("none", "uniform"):
+        return UNIFORM if imatrix == "uniform" else None
+    return read_importance(Path(imatrix).expanduser(), layout)
 
 
 def _told(importance: Importance | None) -> str:
@@ -123,16 +130,16 @@ def _gathered(
             f"{' and '.join(names)} want an importance matrix: name one with --imatrix FILE, "
             "or take --imatrix uniform"
         )
-    importance = gather()
     fresh = kept.with_name(f"{kept.name}.new")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_importance(fresh, importance, layout)
+        write_importance(fresh, gather(), layout)
         fresh.replace(kept)
     except OSError as exc:
         fresh.unlink(missing_ok=True)
         raise HobbitError(f"cannot write {kept}: {exc.strerror or exc}") from exc
-    return importance
+    # Read back, so that a run that continues this one has the same numbers.
+    return read_importance(kept, layout)
 
 
 def _check_dest(layout: Layout, dest: Path, force: bool) -> None:
