@@ -373,8 +373,9 @@ def prepare(
         str,
         _flag(
             "--imatrix",
-            help="Importance of the columns: a file of llama-imatrix; uniform (slower than none and "
-            "better); none; auto: gathered from text for types below 4 bits, else uniform or none.",
+            help="Importance of the columns: a file of llama-imatrix; uniform (slower than none, "
+            "but better); none; auto: gathered from text for types below 4 bits, for others uniform "
+            "or none.",
         ),
     ] = "auto",
     output: Annotated[
