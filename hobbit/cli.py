@@ -374,8 +374,8 @@ def prepare(
         _flag(
             "--imatrix",
             help="Importance of the columns: a file of llama-imatrix; uniform (slower than none, "
-            "but better); none; auto: gathered from text for types below 4 bits, for others uniform "
-            "or none.",
+            "but better); none; auto: gathered from text for types below 4 bits, for others "
+            "uniform or none.",
         ),
     ] = "auto",
     output: Annotated[
