@@ -336,7 +336,7 @@ def _read(descriptor: int, length: int, offset: int, path: Path) -> bytes:
         except OSError as exc:
             raise ReadError(f"{path}: cannot read at byte {offset}: {exc.strerror}") from exc
         if not piece:
-            raise ReadError(f"{path}: ends at byte {offset}; it was longer before")
+            raise ReadError(f"{path}: ends before byte {offset + length}; it was longer before")
         pieces.append(piece)
         length -= len(piece)
         offset += len(piece)

@@ -280,7 +280,7 @@ def test_a_damaged_source(model: Path, layout: Layout, dest: Path) -> None:
     with pytest.raises(ModelError, match=f"expert 2 of {matrix.name} has weights that are no numb"):
         make_low(layout, dest, "q4_0")
     os.truncate(model, matrix.offset + 10)
-    with pytest.raises(ReadError, match=f"ends at byte {matrix.offset + 10}; it was longer before"):
+    with pytest.raises(ReadError, match=r"m\.gguf: ends before byte \d+; it was longer"):
         make_low(layout, dest, "q4_0")
     model.unlink()
     with pytest.raises(ModelError, match=r"m\.gguf: cannot read it: No such file"):
