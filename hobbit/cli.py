@@ -29,6 +29,8 @@ from .errors import HobbitError, ModelError, UsageError
 from .render import (
     Screen,
     cap_lines,
+    loss_line,
+    low_lines,
     mode_line,
     model_line,
     resident_lines,
@@ -352,6 +354,83 @@ def _verify(model: str | None, threads: int | None, screen: Screen) -> int:
     for line in verify_lines(rows):
         _print(f"{line}\n")
     return 0 if all(row.equal for row in rows) else EXIT_DIFFERENT
+
+
+@app.command()
+def prepare(
+    model: Annotated[
+        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
+    ] = None,
+    low: Annotated[
+        str,
+        _flag(
+            "--low",
+            help="Type of the low-precision experts, such as q4_0; two with a comma: of gate and "
+            "up, and of down; auto: by the model's types, 0.3 to 0.55 of its bytes.",
+        ),
+    ] = "auto",
+    imatrix: Annotated[
+        str,
+        _flag(
+            "--imatrix",
+            help="Importance of the columns: a file of llama-imatrix; uniform (slower than none, "
+            "but better); none; auto: gathered from text for types below 4 bits, for others "
+            "uniform or none.",
+        ),
+    ] = "auto",
+    output: Annotated[
+        Path | None,
+        _flag("-o", "--output", help="The file to make (default: MODEL.hobbit-low.gguf)."),
+    ] = None,
+    threads: Annotated[
+        int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    force: Annotated[bool, _flag("--force", help="Make it again, or in place of a file.")] = False,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Make the low-precision copy of a model's experts, once, for the lossy modes."""
+    from .options import Options
+
+    try:
+        options = Options(model=model, threads=threads, quiet=quiet)
+        return _prepare(options, low, imatrix, output, force)
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
+
+
+def _prepare(options: Options, low: str, imatrix: str, output: Path | None, force: bool) -> int:
+    from .gguf_file import open_gguf
+    from .layout import build_layout
+    from .low_file import low_path
+    from .low_writer import part_path
+    from .prepare import errors_of
+    from .prepare import prepare as make
+
+    screen = Screen(options.quiet)
+    _check_name(options)
+    layout = build_layout(open_gguf(_model_path(options, screen)))
+    dest = low_path(layout.gguf) if output is None else output.expanduser()
+    screen.say(model_line(layout), *resident_lines(layout))
+    try:
+        with screen.progress() as report:
+            made = make(
+                layout,
+                dest,
+                low,
+                imatrix,
+                threads=options.n_threads,
+                force=force,
+                progress=report,
+            )
+    except KeyboardInterrupt:
+        if part_path(dest).exists():
+            screen.say(f"{part_path(dest)} is kept: the same command goes on where this stopped")
+        raise
+    if made is None:
+        screen.say(f"{dest}: is made already", loss_line(errors_of(open_gguf(dest))))
+    else:
+        screen.say(*low_lines(made, layout))
+    return 0
 
 
 def _run(options: Options) -> int:

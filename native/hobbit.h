@@ -188,6 +188,16 @@ void *hobbit_abort_callback(void); /* a ggml_abort_callback; its data is an int3
 void hobbit_model_close(struct hobbit_model *model); /* joins the threads; NULL is fine */
 /* What a context (also one of a model loaded with no_alloc) holds outside our arena. */
 void hobbit_context_memory(const struct llama_context *ctx, struct hobbit_context_memory *out);
+
+/* Whether rows of one ggml_type can be made into another, and whether making that type takes an importance. */
+int32_t hobbit_can_quantize(int32_t from_type, int32_t to_type);
+int32_t hobbit_needs_importance(int32_t type);
+/* Make `n_rows` rows of `row_len` weights into another type. `importance` has `row_len` weights of columns, finite and
+ * not negative, or is NULL. The sums of (w - w')^2 and of w^2 tell what is lost. HOBBIT_ARG: the row length fits no
+ * blocks, or the importance is missing or unusable; HOBBIT_UNSUPPORTED: one of the types; HOBBIT_FORMAT: a weight is
+ * not finite; HOBBIT_NOMEM. Needs no model, keeps no state: from any thread. */
+int32_t hobbit_quantize(int32_t from_type, const void *src, int32_t to_type, void *dst, int64_t n_rows,
+                        int64_t row_len, const float *importance, double *squared_error, double *squared_norm);
 /* cdef end */
 
 #ifdef __cplusplus

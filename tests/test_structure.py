@@ -20,15 +20,28 @@ IMPORTS: dict[str, set[str]] = {
     "_log": set(),
     "cpus": set(),
     "errors": set(),
+    "folders": set(),
     "stats": set(),
     "stock": set(),
     # Files and memory: nothing here runs a model.
-    "demo": {"errors"},
+    "demo": {"errors", "folders"},
+    "fingerprint": {"errors", "gguf_file"},
     "gguf_file": {"errors"},
     "hub": {"errors"},
     "layout": {"errors", "gguf_file"},
     "memory": {"errors", "layout", "sizes"},
     "sizes": {"errors"},
+    # The low-precision copy.
+    "importance": {"errors", "gguf_file", "layout"},
+    "low_file": {"errors", "fingerprint", "folders", "gguf_file", "layout", "low_types"},
+    "low_types": {"errors", "gguf_file", "layout"},
+    "low_writer": {
+        "_native", "errors", "gguf_file", "importance", "layout", "low_file", "low_types", "sizes",
+    },
+    "prepare": {
+        "_native", "cpus", "errors", "gguf_file", "importance", "layout", "low_file", "low_types",
+        "low_writer",
+    },
     # Running one.
     "_native": {"errors"},
     "llama": {
@@ -41,21 +54,21 @@ IMPORTS: dict[str, set[str]] = {
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
     "cli": {
-        "demo", "errors", "generate", "gguf_file", "hub", "layout", "llama", "memory", "options",
-        "render", "stock", "verify",
+        "demo", "errors", "generate", "gguf_file", "hub", "layout", "llama", "low_file",
+        "low_writer", "memory", "options", "prepare", "render", "stock", "verify",
     },
     "options": {"cpus", "errors", "generate", "gguf_file"},
-    "render": {"generate", "layout", "memory", "sizes", "verify"},
+    "render": {"generate", "layout", "low_writer", "memory", "sizes", "verify"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
 THIRD_PARTY: dict[str, set[str]] = {
     "cffi": set(),
     "ctypes": {"_log"},
-    "gguf": {"demo"},
+    "gguf": {"demo", "importance"},
     "huggingface_hub": {"hub"},
     "llama_cpp": {"_log", "_native", "generate", "llama", "stock", "streamed"},
-    "numpy": {"demo", "stock", "verify"},
+    "numpy": {"demo", "importance", "low_writer", "stock", "verify"},
     "rich": {"render"},
     "typer": {"cli"},
 }
@@ -93,6 +106,7 @@ INCLUDES: dict[str, set[str]] = {
     # ggml's and llama.cpp's interfaces.
     "backend.c": {"hobbit.h", "model.h", "moe.h", "os.h", "segment.h"},
     "context_memory.cpp": {"hobbit.h"},
+    "quantize.c": {"hobbit.h"},
 }
 
 # ggml's and llama.cpp's headers, and who includes each.
@@ -101,7 +115,7 @@ GGML: dict[str, set[str]] = {
     "ggml-backend.h": {"context_memory.cpp", "segment.c"},
     "ggml-cpu.h": {"moe.c"},
     "ggml-impl.h": {"moe.c", "segment.c"},
-    "ggml.h": {"moe.h", "routing.h", "segment.h", "shape.h"},
+    "ggml.h": {"moe.h", "quantize.c", "routing.h", "segment.h", "shape.h"},
     "llama-ext.h": {"context_memory.cpp"},
 }
 
