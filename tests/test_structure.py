@@ -20,6 +20,7 @@ IMPORTS: dict[str, set[str]] = {
     "_log": set(),
     "cpus": set(),
     "errors": set(),
+    "rule": set(),
     "stats": set(),
     "stock": set(),
     # Files and memory: nothing here runs a model.
@@ -37,6 +38,9 @@ IMPORTS: dict[str, set[str]] = {
     "streamed": {"_log", "_native", "errors", "layout", "memory"},
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
+    # What a rule costs.
+    "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
+    "forced": {"llama", "rule", "stats"},
     # What a person touches.
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
@@ -54,8 +58,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "ctypes": {"_log"},
     "gguf": {"demo"},
     "huggingface_hub": {"hub"},
-    "llama_cpp": {"_log", "_native", "generate", "llama", "stock", "streamed"},
-    "numpy": {"demo", "stock", "verify"},
+    "llama_cpp": {"_log", "_native", "forced", "generate", "llama", "stock", "streamed"},
+    "numpy": {"demo", "evaluate", "forced", "stock", "verify"},
     "rich": {"render"},
     "typer": {"cli"},
 }
