@@ -56,7 +56,7 @@ def test_divergence_is_that_of_the_definition() -> None:
         p, q = rng.normal(0, scale, (2, 500)).astype(np.float32)
         assert divergence(p, q) == pytest.approx(naive_kl(p, q), rel=1e-9)
         assert divergence(p, p) == 0.0
-        assert scale < 1 or divergence(p, q) != pytest.approx(divergence(q, p), rel=1e-3)
+        assert scale < 1 or divergence(p, q) != pytest.approx(divergence(q, p), rel=1e-2)
 
 
 def test_divergence_of_logits_that_overflow_an_exponential() -> None:
@@ -268,7 +268,7 @@ def test_exact_with_a_model(llm: Ruled) -> None:
     assert exact.bytes_per_token > 0 and 0 < exact.hit_rate < 1
     # Wide batches compute the same up to rounding.
     (wide,) = evaluate(llm, tokens, [], replace(sample, width=32), bos=1)
-    assert wide.perplexity == pytest.approx(exact.perplexity, rel=1e-3)
+    assert wide.perplexity == pytest.approx(exact.perplexity, rel=1e-2)
     # The model is as before: it generates.
     assert llm.create_completion("the end", max_tokens=3, temperature=0)["choices"][0]["text"]
 

@@ -23,6 +23,7 @@ IMPORTS: dict[str, set[str]] = {
     "rule": set(),
     "stats": set(),
     "stock": set(),
+    "texts": set(),
     # Files and memory: nothing here runs a model.
     "demo": {"errors"},
     "gguf_file": {"errors"},
