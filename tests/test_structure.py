@@ -40,8 +40,10 @@ IMPORTS: dict[str, set[str]] = {
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a rule costs.
+    "calibration": {"errors", "rule"},
     "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
     "forced": {"llama", "rule", "stats"},
+    "search": {"calibration", "rule"},
     # What a person touches.
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
@@ -60,7 +62,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gguf": {"demo"},
     "huggingface_hub": {"hub"},
     "llama_cpp": {"_log", "_native", "forced", "generate", "llama", "stock", "streamed"},
-    "numpy": {"demo", "evaluate", "forced", "stock", "verify"},
+    "numpy": {"demo", "evaluate", "forced", "search", "stock", "verify"},
     "rich": {"render"},
     "typer": {"cli"},
 }
