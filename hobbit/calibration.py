@@ -178,7 +178,7 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 def _lossy(calibration: Calibration) -> list[Point]:
     """Return what a budget may choose from: never exact, which is no lossy mode."""
-    return [p for p in (*calibration.points, calibration.all_low) if p.rule != EXACT]
+    return [p for p in (*calibration.points, calibration.all_low) if not p.rule.is_exact]
 
 
 def _best(calibration: Calibration, budget: float) -> Point | None:

@@ -15,12 +15,14 @@ _COUNTERS = (
     "evictions",
     "read_bytes",
     "read_low_bytes",
-    "stall_s",
-    "moe_s",
     "pairs_high",
     "pairs_low",
     "pairs_skip",
     "scored",
+    "unscored",
+    "promotions",
+    "stall_s",
+    "moe_s",
 )
 
 
@@ -28,9 +30,10 @@ _COUNTERS = (
 class Stats:
     """Counters of a run; a hit or miss is one expert of one layer asked for once.
 
-    `stall_s` is the time in which computing waited for a read, `moe_s` all time in the experts. The
-    pairs are (token, expert) pairs by the precision they were computed in; `scored` are those that
-    a rule looked at; `read_low_bytes` is the part of `read_bytes` that low copies took.
+    `pairs_*` are (token, expert) pairs by the precision they were computed in. `scored` are the
+    pairs that were scored, `unscored` those that had to be high because the gate weights of their
+    layer are not seen. `promotions` are high copies read although a low one was cached.
+    `stall_s` is the time in which computing waited for a read, `moe_s` all time in the experts.
     """
 
     tokens_prompt: int = 0
@@ -43,12 +46,14 @@ class Stats:
     evictions: int = 0
     read_bytes: int = 0
     read_low_bytes: int = 0
-    stall_s: float = 0.0
-    moe_s: float = 0.0
     pairs_high: int = 0
     pairs_low: int = 0
     pairs_skip: int = 0
     scored: int = 0
+    unscored: int = 0
+    promotions: int = 0
+    stall_s: float = 0.0
+    moe_s: float = 0.0
     io: str = ""
     cap_bytes: int = 0
     peak_bytes: int = 0

@@ -20,7 +20,6 @@ IMPORTS: dict[str, set[str]] = {
     "_log": set(),
     "cpus": set(),
     "errors": set(),
-    "rule": set(),
     "stats": set(),
     "stock": set(),
     "texts": set(),
@@ -40,6 +39,8 @@ IMPORTS: dict[str, set[str]] = {
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a rule costs.
+    "choices": {"errors", "evaluate", "forced", "rule"},
+    "rule": {"errors"},
     "calibration": {"errors", "rule"},
     "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
     "forced": {"llama", "rule", "stats"},
