@@ -23,6 +23,7 @@ IMPORTS: dict[str, set[str]] = {
     "folders": set(),
     "stats": set(),
     "stock": set(),
+    "texts": set(),
     # Files and memory: nothing here runs a model.
     "demo": {"errors", "folders"},
     "fingerprint": {"errors", "gguf_file"},
@@ -50,6 +51,13 @@ IMPORTS: dict[str, set[str]] = {
     "streamed": {"_log", "_native", "errors", "layout", "memory"},
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
+    # What a rule costs.
+    "choices": {"errors", "evaluate", "forced", "rule"},
+    "rule": {"errors"},
+    "calibration": {"errors", "rule"},
+    "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
+    "forced": {"llama", "rule", "stats"},
+    "search": {"calibration", "rule"},
     # What a person touches.
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
@@ -67,8 +75,11 @@ THIRD_PARTY: dict[str, set[str]] = {
     "ctypes": {"_log"},
     "gguf": {"demo", "importance"},
     "huggingface_hub": {"hub"},
-    "llama_cpp": {"_log", "_native", "generate", "llama", "stock", "streamed"},
-    "numpy": {"demo", "importance", "low_writer", "stock", "verify"},
+    "llama_cpp": {"_log", "_native", "forced", "generate", "llama", "stock", "streamed"},
+    "numpy": {
+        "demo", "evaluate", "forced", "importance", "llama", "low_writer", "search", "stock",
+        "streamed", "verify",
+    },
     "rich": {"render"},
     "typer": {"cli"},
 }
