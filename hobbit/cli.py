@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .llama import Llama
     from .memory import MemoryPlan
     from .options import Options
+    from .quality import Quality
 
 EXIT_DISK_FULL = 5
 _STDIN_PATIENCE_S = 2.0
@@ -280,6 +281,45 @@ def run(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    quality: Annotated[
+        str,
+        _flag(
+            "-Q",
+            "--quality",
+            help="exact, high, balanced, fast, or the mean KL divergence to exact that is allowed, "
+            "as 0.02. All but exact need hobbit prepare.",
+        ),
+    ] = "exact",
+    t1: Annotated[
+        float | None,
+        _flag("--t1", help="For experts: score above which low precision will do.", max=1),
+    ] = None,
+    t2: Annotated[
+        float | None,
+        _flag(
+            "--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool,
+        _flag("--deterministic", help="The same text whatever the cap, the cache and the disk."),
+    ] = False,
+    low_file: Annotated[
+        Path | None,
+        _flag("--low-file", help="GGUF with the experts in fewer bits (default: prepare's)."),
+    ] = None,
+    resident_low: Annotated[
+        str,
+        _flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
+    ] = "auto",
+    record: Annotated[
+        Path | None,
+        _flag("--record", help="Write the precision that each expert gets to FILE."),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        _flag("--replay", help="Give the experts the precisions recorded in FILE."),
+    ] = None,
     io: Annotated[str, _flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
     io_threads: Annotated[
         int, _flag("--io-threads", min=0, help="Reading threads; 0: chosen.")
@@ -438,7 +478,14 @@ def _run(options: Options) -> int:
     from .gguf_file import open_gguf
     from .layout import build_layout
     from .memory import resolve_cap
-    from .options import DEMO_PROMPT, grammar, read_prompt, sampling, system_prompt
+    from .options import (
+        DEMO_PROMPT,
+        chosen_quality,
+        grammar,
+        read_prompt,
+        sampling,
+        system_prompt,
+    )
 
     screen = Screen(options.quiet, options.color)
     _check_name(options)
@@ -450,12 +497,13 @@ def _run(options: Options) -> int:
     path = _model_path(options, screen)
     layout = build_layout(open_gguf(path))
     settings = sampling(options, layout.gguf.get, answer_grammar)
+    quality = chosen_quality(options, layout)
     if not text:
         text = DEMO_PROMPT
         screen.say(f"no prompt given, so the demo is asked: {text}")
     start = time.monotonic()
     screen.say(model_line(layout), *resident_lines(layout))
-    with closing(_load(layout, options, screen)) as llm:
+    with closing(_load(layout, options, quality, screen)) as llm, _schedule(llm, options):
         load_s = time.monotonic() - start
         io = llm.stats.io or "none"
         facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
@@ -468,18 +516,24 @@ def _run(options: Options) -> int:
         if options.json_output:
             config = options.resolved(settings) | {"model": str(path), "chat": chat}
             config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
-            report = run_report(result, llm.plan, config, load_s)
+            report = run_report(result, llm.plan, llm.quality, config, load_s)
             _print(json.dumps(report, ensure_ascii=False))
         elif whole:
             _print(result.text)
         _print("\n")
         if options.verbose:
             screen.say(*verbose_lines(result, load_s))
-        screen.say(stats_line(result))
+        screen.say(stats_line(result, llm.quality))
     return 0 if result.signal is None else _signal_code(result.signal)
 
 
-def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
+def _schedule(llm: Llama, options: Options) -> AbstractContextManager[None]:
+    if options.record:
+        return llm.recorded(options.record.expanduser())
+    return llm.replayed(options.replay.expanduser()) if options.replay else nullcontext()
+
+
+def _load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> Llama:
     """Load the model, saying what its memory is for before it takes any.
 
     It loads in another thread, so that Ctrl-C is heard while llama.cpp reads it.
@@ -488,10 +542,10 @@ def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
     from .options import model_arguments
 
     trained = layout.gguf.get(f"{layout.gguf.arch}.context_length", 0)
-    arguments = model_arguments(options, trained)
+    arguments = model_arguments(options, trained) | {"quality": quality}
 
     def introduce(plan: MemoryPlan) -> None:
-        screen.say(mode_line(plan))
+        screen.say(mode_line(plan, quality))
         screen.say(*([plan.describe()] if options.verbose else cap_lines(plan)))
 
     def load() -> Llama:

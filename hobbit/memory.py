@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,7 +46,7 @@ class Line:
 
 
 class SlotBytes(NamedTuple):
-    """Bytes that one cached expert takes, in the high and in the low precision (0: no such copy)."""
+    """Bytes that one cached expert takes in the high and in the low precision (0: no copy)."""
 
     high: int
     low: int = 0
@@ -75,6 +75,11 @@ class Pool:
         low = self.slot_bytes.low
         return min(self.experts, self.bytes // low) if low else 0
 
+    @property
+    def beside_low(self) -> int:
+        """High copies that fit beside all low ones; below 0 if those do not fit."""
+        return (self.bytes - self.experts * self.slot_bytes.low) // self.slot_bytes.high
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -87,6 +92,28 @@ class MemoryPlan:
     cache_bytes: int
     floor_bytes: int
     token_bytes: int
+    low_is_resident: bool = False
+
+    @property
+    def low_fits(self) -> bool:
+        """Whether all low copies can stay cached beside the high ones of one layer of a token."""
+        return all(pool.slot_bytes.low and pool.beside_low >= pool.floor for pool in self.pools)
+
+    @property
+    def low_resident_bytes(self) -> int:
+        """The smallest cap with which all low copies can stay cached."""
+        least = sum(
+            pool.experts * pool.slot_bytes.low + pool.floor * pool.slot_bytes.high
+            for pool in self.pools
+        )
+        return self.cap.bytes - self.spare_bytes - self.cache_bytes + least
+
+    def with_resident_low(self) -> MemoryPlan:
+        """Return the plan in which all low copies stay cached."""
+        high, experts = (sum(getattr(p, n) for p in self.pools) for n in ("beside_low", "experts"))
+        reason = f"all {experts} experts in low precision, {high} of them in high too"
+        lines = [replace(x, reason=reason) if x.name == "experts" else x for x in self.lines]
+        return replace(self, lines=tuple(lines), low_is_resident=True)
 
     @property
     def spare_bytes(self) -> int:
@@ -122,6 +149,7 @@ class MemoryPlan:
             "cache_bytes": self.cache_bytes,
             "floor_bytes": self.floor_bytes,
             "token_bytes": self.token_bytes,
+            "low_is_resident": self.low_is_resident,
         }
 
 
@@ -271,7 +299,8 @@ def _cache_reason(pools: Sequence[Pool]) -> str:
     slots, experts = sum(p.slots for p in pools), sum(p.experts for p in pools)
     if slots == experts:
         return f"all {experts} experts"
-    return f"{slots} of {experts} experts ({100 * slots / experts:.0f} %)"
+    mixed = ", more where they are in low precision" if any(p.low_slots for p in pools) else ""
+    return f"{slots} of {experts} experts ({100 * slots / experts:.0f} %){mixed}"
 
 
 def _too_small(cap: Cap, lines: Sequence[Line]) -> PlanError:

@@ -7,12 +7,16 @@ import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .cpus import physical_cores
 from .errors import UsageError
 from .generate import Sampling, parsed_grammar
 from .gguf_file import padded
+from .quality import Quality, choose
+
+if TYPE_CHECKING:
+    from .layout import Layout
 
 DEMO = "demo"
 DEMO_PROMPT = "Explain in a few sentences why the sky is blue."
@@ -71,6 +75,14 @@ class Options:
     grammar_file: Path | None = None
     json_schema: str | None = None
     json_schema_file: Path | None = None
+    quality: str = "exact"
+    t1: float | None = None
+    t2: float | None = None
+    deterministic: bool = False
+    low_file: Path | None = None
+    resident_low: str = "auto"
+    record: Path | None = None
+    replay: Path | None = None
     memory: str = "auto"
     io: str = "auto"
     io_threads: int = 0
@@ -81,7 +93,7 @@ class Options:
     color: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("flash_attn", "io", "color", "cache_type_k", "cache_type_v"):
+        for name in _CHOICES:
             allowed, value = _CHOICES[name], getattr(self, name)
             if value not in allowed:
                 flag = name.replace("_", "-")
@@ -91,6 +103,8 @@ class Options:
                 raise UsageError(f"{flag} {count}: must be at most {MAX_THREADS}")
         if self.predict is not None and self.predict < -2:
             raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
+        if self.record and self.replay:
+            raise UsageError("--record and --replay: a run does one of the two")
         if not -1 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: must be -1 (random), or from 0 to {MAX_SEED}")
         _gpu_layers(self.gpu_layers)
@@ -134,6 +148,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "flash_attn": ("auto", "on", "off"),
     "io": ("auto", "direct", "buffered"),
     "color": ("auto", "always", "never"),
+    "resident_low": ("auto", "on", "off"),
     "cache_type_k": tuple(KV_TYPES),
     "cache_type_v": tuple(KV_TYPES),
 }
@@ -202,6 +217,19 @@ def sampling(options: Options, metadata: Callable[[str, Any], Any], grammar: str
     )
 
 
+def chosen_quality(options: Options, layout: Layout) -> Quality:
+    """Return what -Q, --t1 and --t2 come to for this model."""
+    low = options.low_file.expanduser() if options.low_file else None
+    return choose(
+        layout,
+        options.quality,
+        low,
+        t1=options.t1,
+        t2=options.t2,
+        deterministic=options.deterministic,
+    )
+
+
 def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
     """Turn flags into the keyword arguments of `hobbit.Llama`."""
     context = options.ctx_size
@@ -219,6 +247,7 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
         "memory": options.memory,
         "io": options.io,
         "io_threads": options.io_threads,
+        "resident_low": options.resident_low,
         "verbose": options.verbose > 1,
     }
     # llama.cpp needs flash attention for a quantised V cache.
