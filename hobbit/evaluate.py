@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 
+# Exit code of `hobbit eval` when a mode is further from exact than --max-kld allows.
+EXIT_TOO_FAR = 6
 # Fewer counted tokens say nothing.
 MIN_TOKENS = 64
 # What is left of the disk when the logits are written.

@@ -68,6 +68,16 @@ class Forced:
         """Tokens that fit the context."""
         return int(self._llm.n_ctx())
 
+    def tokens(self, text: str) -> list[int]:
+        """Tokenise a text, in which no word is special, without a token for its beginning."""
+        return [*self._llm.tokenize(text.encode(), add_bos=False, special=False)]
+
+    @property
+    def bos(self) -> int | None:
+        """The token that this model wants at the beginning of every text, or None."""
+        model = self._llm._model
+        return int(model.token_bos()) if model.add_bos_token() else None
+
     def begin(self, rule: Rule) -> None:
         """Start an arm: this rule, an empty cache of experts, no context."""
         self._llm.rule = rule
