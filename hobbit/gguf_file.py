@@ -162,7 +162,7 @@ class GGUF:
 def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     """Read and check the header of a model; `path` is its only file or the first of its parts."""
     first = Path(path)
-    part, entries, tensors = _read_part(first, 0)
+    part, entries, tensors = read_part(first, 0)
     # Before the architecture, which only the first part names: a later part is told what it is.
     siblings = _siblings(first, entries)
     if not isinstance(_value(entries, "general.architecture"), str):
@@ -171,7 +171,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     for index, sibling in enumerate(siblings, start=1):
         if not sibling.exists():
             raise ModelError(f"{sibling}: part {index + 1} of this model is missing")
-        part, own, more = _read_part(sibling, index)
+        part, own, more = read_part(sibling, index)
         if _value(own, "split.no") != index:
             raise ModelError(f"{sibling}: the header does not say that it is part {index + 1}")
         double = next((name for name in more if name in tensors), None)
@@ -209,7 +209,8 @@ def _siblings(first: Path, entries: dict[str, Entry]) -> list[Path]:
     return [first.with_name(name) for name in names[1:]]
 
 
-def _read_part(path: Path, index: int) -> tuple[Part, dict[str, Entry], dict[str, Tensor]]:
+def read_part(path: Path, index: int = 0) -> tuple[Part, dict[str, Entry], dict[str, Tensor]]:
+    """Read and check one file's header; that it is of a model is not asked."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:

@@ -62,6 +62,14 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True)
+class LowCopies:
+    """The same experts in fewer bits: the same groups with the same matrices, in other files."""
+
+    gguf: GGUF
+    groups: tuple[ExpertGroup, ...]
+
+
+@dataclass(frozen=True)
 class Extent:
     """A run of the virtual file.
 
@@ -87,6 +95,7 @@ class Layout:
     resident: tuple[tuple[str, str], ...]
     extents: tuple[Extent, ...]
     overrides: tuple[str, ...]
+    low: LowCopies | None = None
 
     @property
     def streamed(self) -> frozenset[str]:
@@ -254,13 +263,14 @@ def _merged_header(gguf: GGUF, alignment: int) -> Iterator[Extent]:
         at += length
     infos, position = [], 0
     for tensor in gguf.tensors.values():
-        infos.append(_tensor_info(tensor, position))
+        infos.append(tensor_info(tensor, position))
         position = padded(position + tensor.nbytes, alignment)
     tail = b"".join(infos)
     yield Extent(at, len(tail), "memory", -1, 0, tail)
 
 
-def _tensor_info(tensor: Tensor, position: int) -> bytes:
+def tensor_info(tensor: Tensor, position: int) -> bytes:
+    """Return what a header says of a tensor whose data begins at `position` of the data section."""
     name, n_dims = tensor.name.encode(), len(tensor.shape)
     return struct.pack(
         f"<Q{len(name)}sI{n_dims}QIQ",

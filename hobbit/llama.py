@@ -10,13 +10,16 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import llama_cpp
 import llama_cpp._internals as upstream_internals
 import llama_cpp.llama_cpp as upstream_api
+import numpy as np
+import numpy.typing as npt
 
 from . import _log
 from ._native import CancelFlag
@@ -30,10 +33,12 @@ from .errors import (
     UsageError,
 )
 from .gguf_file import open_gguf
-from .layout import Layout, build_layout
-from .memory import Cap, Line, MemoryPlan, plan, resolve_cap, total_memory
+from .layout import Layout, LowCopies, build_layout
+from .low_file import check_pair
+from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
+from .rule import EXACT, Rule
 from .stats import Stats
-from .streamed import ContextMemory, Io, StreamedModel, made, measure
+from .streamed import ContextMemory, ExpertInputs, Io, StreamedModel, made, measure
 
 # Arguments that llama-cpp-python once had; scripts still pass them.
 _DEAD_ARGUMENTS = {"n_gqa", "n_parts", "f16_kv", "rms_norm_eps", "mul_mat_q", "low_vram"}
@@ -62,6 +67,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     cache_bytes: size of the expert cache in place of what the cap allows; "floor" is the smallest.
     io: "direct" reads bypass the page cache; "auto" tries that first.
     io_threads: reader threads; 0 chooses.
+    low: path of a GGUF with the same experts in fewer bits, for rules that use them.
+    rule: which experts may be low or skipped; `EXACT`, the default, none.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -76,6 +83,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         cache_bytes: int | Literal["floor"] | None = None,
         io: Io = "auto",
         io_threads: int = 0,
+        low: str | None = None,
+        rule: Rule = EXACT,
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -88,6 +97,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "cache_bytes": cache_bytes,
             "io": io,
             "io_threads": io_threads,
+            "low": low,
+            "rule": rule,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -96,6 +107,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if io not in ("auto", "direct", "buffered"):
             raise UsageError(f"io is {io!r}: use auto, direct or buffered")
         self.layout: Layout = build_layout(open_gguf(Path(model_path)))
+        if low is not None:
+            copies = open_gguf(Path(low))
+            pairs = check_pair(self.layout, copies)
+            self.layout = replace(self.layout, low=LowCopies(copies, pairs))
         self._cap = _cap(memory, cache_bytes)
         self._on_plan = on_plan
         self.plan: MemoryPlan
@@ -127,12 +142,53 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "misses": c.misses,
                 "evictions": c.evictions,
                 "read_bytes": c.read_bytes,
+                "read_low_bytes": c.read_low_bytes,
+                "pairs_high": c.pairs_high,
+                "pairs_low": c.pairs_low,
+                "pairs_skip": c.pairs_skip,
+                "scored": c.scored,
+                "unscored": c.unscored,
+                "promotions": c.promotions,
+                "stand_ins": c.stand_ins,
                 "stall_s": c.stall_ns * 1e-9,
                 "moe_s": c.compute_ns * 1e-9,
                 "io": "direct" if c.direct_io else "buffered",
                 "cache_bytes": c.cache_bytes,
             }
         return Stats(**fields)
+
+    @property
+    def rule(self) -> Rule:
+        """Which experts may be low or skipped; a new rule is in force from the next layer on."""
+        rule: Rule = self._own_arguments["rule"]
+        return rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if rule.needs_low and not self.layout.low:
+            raise UsageError("this rule needs low-precision experts: name them with low=")
+        self._moe().set_rule(rule)
+        self._own_arguments["rule"] = rule
+
+    def forget(self) -> None:
+        """Drop every cached expert."""
+        self._moe().forget()
+
+    def observe(self) -> AbstractContextManager[npt.NDArray[np.int64]]:
+        """While it lasts, count the scores s > 0 of (token, expert) pairs.
+
+        The array is [n_groups, bins], with equal bins over 0 to 1.
+        """
+        return self._moe().observe()
+
+    def collect(self) -> AbstractContextManager[dict[str, ExpertInputs]]:
+        """While it lasts, sum the squares of what enters each expert matrix, by tensor name."""
+        return self._moe().collect()
+
+    def _moe(self) -> StreamedModel:
+        if self._streamed is None:
+            raise HobbitError("the model has no experts that stream, or is closed")
+        return self._streamed
 
     def cancel(self, on: bool = True) -> None:
         """Stop the running evaluation, or else the next, within a layer: it raises Cancelled.
@@ -214,6 +270,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
+        if own["rule"] != EXACT:
+            self.rule = own["rule"]
         return streamed.load(params, self.verbose)
 
     def _load_resident(self, params: Any) -> int:
@@ -233,7 +291,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self.verbose,
         )
 
-    def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[int]) -> None:
+    def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[SlotBytes]) -> None:
         cache, process = self._own_arguments["cache_bytes"], _resident_bytes() + _PROCESS_GROWTH
 
         def divide(cap_bytes: int) -> MemoryPlan:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .calibration import BUDGETS, Calibration, load, path_of, rule_for
 from .errors import UsageError
+from .fingerprint import fingerprint
+from .gguf_file import GGUF
+from .low_file import find_low
 from .rule import ALL_LOW, EXACT, Rule
 
 HELP = "exact, high, balanced, fast, a KL budget (0.02), all-low, skip-only:T, or T1:T2 (0.6:0.9)"
@@ -58,14 +61,15 @@ def default_modes(low: Path | None, calibration: Calibration | None) -> list[str
     return ["all-low"] if low is not None else []
 
 
-def companions(
-    low: Path | None, source: str | None = None
-) -> tuple[Path | None, Calibration | None]:
-    """Return the low copy to use and its calibration, where there are such.
+def companions(gguf: GGUF, given: Path | None) -> tuple[Path | None, Calibration | None]:
+    """Return a model's low copy, as given or as prepare made it, and the calibration beside it.
 
-    `source` is the fingerprint of the model, which the calibration must be of; None takes any.
+    Either may be missing. Raises ModelError for a calibration that is damaged or of another model.
     """
-    return low, None if low is None else load(path_of(low), source)
+    low = given or find_low(gguf)
+    if low is None or not path_of(low).exists():
+        return low, None
+    return low, load(path_of(low), fingerprint(gguf))
 
 
 def check_low(asked: Sequence[tuple[str, Rule]], low: Path | None, model: str) -> None:

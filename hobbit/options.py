@@ -179,7 +179,7 @@ class EvalOptions:
         """Return what was measured, as plain data."""
         return {
             "model": str(model),
-            "low": str(self.low) if self.low else None,
+            "low": None,
             "text": str(self.file) if self.file else "built-in",
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "tokens": self.tokens,

@@ -7,20 +7,27 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from .sizes import format_size
 
 if TYPE_CHECKING:
     from .generate import Result
     from .layout import Layout
+    from .low_writer import Written
     from .memory import MemoryPlan
     from .verify import VerifyRow
 
 _GIB = 1 << 30
 _PROGRESS_INTERVAL_S = 10
+
+
+class Report(Protocol):
+    """Takes the name of a stage, the share of it that is done, and what else there is to say."""
+
+    def __call__(self, stage: str, done: float, words: str = "") -> None: ...
 
 
 class Screen:
@@ -49,10 +56,10 @@ class Screen:
         self.stream.flush()
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, float], None]]:
+    def progress(self) -> Iterator[Report]:
         """Show work that takes long: a bar on a terminal, elsewhere a line now and then."""
         if self.quiet:
-            yield lambda stage, done: None
+            yield lambda stage, done, words="": None
         elif not self.terminal:
             yield _SlowLines(self).report
         else:
@@ -62,7 +69,11 @@ class Screen:
             console = Console(file=self.stream, no_color=not self.color)
             with Progress(console=console, transient=True) as bar:
                 task = bar.add_task("", total=1.0)
-                yield lambda stage, done: bar.update(task, description=stage, completed=done)
+
+                def report(stage: str, done: float, words: str = "") -> None:
+                    bar.update(task, description=f"{stage} {words}".rstrip(), completed=done)
+
+                yield report
 
 
 class _SlowLines:
@@ -73,11 +84,13 @@ class _SlowLines:
         self._stage = ""
         self._said_at = 0.0
 
-    def report(self, stage: str, done: float) -> None:
+    def report(self, stage: str, done: float, words: str = "") -> None:
         now = time.monotonic()
         if stage == self._stage and now - self._said_at < _PROGRESS_INTERVAL_S:
             return
-        self._screen.say(stage if stage != self._stage else f"{stage}: {100 * done:.0f} %")
+        more = f" ({words})" if words else ""
+        line = stage if stage != self._stage else f"{stage}: {100 * done:.0f} %{more}"
+        self._screen.say(line)
         self._stage, self._said_at = stage, now
 
 
@@ -283,6 +296,23 @@ def _timings(name: str, count: int, seconds: float) -> dict[str, float]:
         f"{name}_per_token_ms": 1000 * seconds / count if count else 0.0,
         f"{name}_per_second": count / seconds if seconds > 0 else 0.0,
     }
+
+
+def low_lines(made: Written, layout: Layout) -> list[str]:
+    """Say what was made of the experts, how fast, and what it lost."""
+    share = made.size / layout.expert_bytes
+    again = f", {format_size(made.resumed_bytes)} of it before" if made.resumed_bytes else ""
+    return [
+        f"{made.path}: {format_size(made.size)}, {100 * share:.0f} % of the experts",
+        f"converted {format_size(made.source_bytes)}{again} in {made.seconds:.1f} s: "
+        f"{made.mb_per_s:.0f} MB/s",
+        loss_line(made.errors),
+    ]
+
+
+def loss_line(errors: Mapping[str, float]) -> str:
+    """Return the relative squared error of each kind of matrix."""
+    return f"squared error: {', '.join(f'{name} {100 * e:.2g} %' for name, e in errors.items())}"
 
 
 def verify_lines(rows: Sequence[VerifyRow]) -> list[str]:

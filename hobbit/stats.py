@@ -21,6 +21,7 @@ _COUNTERS = (
     "scored",
     "unscored",
     "promotions",
+    "stand_ins",
     "stall_s",
     "moe_s",
 )
@@ -32,7 +33,8 @@ class Stats:
 
     `pairs_*` are (token, expert) pairs by the precision they were computed in. `scored` are the
     pairs that were scored, `unscored` those that had to be high because the gate weights of their
-    layer are not seen. `promotions` are high copies read although a low one was cached.
+    layer are not seen. `promotions` are high copies read although a low one was cached, `stand_ins`
+    experts that got a resident low copy though they needed a high one.
     `stall_s` is the time in which computing waited for a read, `moe_s` all time in the experts.
     """
 
@@ -52,6 +54,7 @@ class Stats:
     scored: int = 0
     unscored: int = 0
     promotions: int = 0
+    stand_ins: int = 0
     stall_s: float = 0.0
     moe_s: float = 0.0
     io: str = ""

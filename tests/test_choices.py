@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 from fakemodel import FakeModel
-from test_evaluate import Ruled
 
+import hobbit
 from hobbit.choices import ChoiceRow, Question, answer, read_questions
 from hobbit.errors import UsageError
 from hobbit.evaluate import log_normaliser
@@ -148,7 +148,7 @@ def test_with_a_model(tmp_path: Path) -> None:
         Question("it is the", ("end of it", "a"), (1, 0)),
         Question("we were at", ("you", "they had"), (0, 1)),
     ]
-    with Ruled(str(path), n_ctx=256, n_threads=1, memory="1G") as llm:
+    with hobbit.Llama(str(path), n_ctx=256, n_threads=1, memory="1G") as llm:
         arms = [("exact", EXACT), ("again", EXACT)]
         exact, again = answer(Forced(llm), asked, arms, lambda text: llm.tokenize(text.encode()))
         assert exact.n == 2 and again.agreement == 1

@@ -4,10 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from moefile import write_moe
 from test_calibration import CALIBRATION, RULES
 
 from hobbit.calibration import path_of, save
-from hobbit.errors import UsageError
+from hobbit.errors import ModelError, UsageError
+from hobbit.fingerprint import fingerprint
+from hobbit.gguf_file import open_gguf
+from hobbit.low_file import low_path
 from hobbit.modes import check_low, companions, default_modes, mode, modes
 from hobbit.rule import ALL_LOW, EXACT, Rule
 
@@ -86,12 +90,20 @@ def test_a_low_copy_is_asked_for_where_it_is_needed() -> None:
 
 
 def test_companions_and_what_is_compared_by_default(tmp_path: Path) -> None:
-    low = tmp_path / "low.gguf"
-    assert companions(None) == (None, None)
-    assert companions(low) == (low, None)
+    gguf = open_gguf(write_moe(tmp_path / "m.gguf"))
+    given = tmp_path / "low.gguf"
+    assert companions(gguf, None) == (None, None)
+    assert companions(gguf, given) == (given, None)
     assert default_modes(None, None) == []
-    assert default_modes(low, None) == ["all-low"]
-    save(CALIBRATION, path_of(low))
-    assert companions(low, "abc") == (low, CALIBRATION)
-    assert default_modes(low, CALIBRATION) == ["high", "balanced", "fast"]
-    assert default_modes(low, replace(CALIBRATION, points=())) == []
+    assert default_modes(given, None) == ["all-low"]
+    calibration = replace(CALIBRATION, source=fingerprint(gguf))
+    save(calibration, path_of(given))
+    assert companions(gguf, given) == (given, calibration)
+    assert default_modes(given, calibration) == ["high", "balanced", "fast"]
+    assert default_modes(given, replace(calibration, points=())) == []
+    prepared = low_path(gguf)
+    prepared.touch()
+    assert companions(gguf, None) == (prepared, None)
+    save(CALIBRATION, path_of(prepared))
+    with pytest.raises(ModelError, match="of another model"):
+        companions(gguf, None)

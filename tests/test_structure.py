@@ -20,22 +20,36 @@ IMPORTS: dict[str, set[str]] = {
     "_log": set(),
     "cpus": set(),
     "errors": set(),
+    "folders": set(),
     "stats": set(),
     "stock": set(),
     # Files and memory: nothing here runs a model.
-    "demo": {"errors"},
+    "demo": {"errors", "folders"},
+    "fingerprint": {"errors", "gguf_file"},
     "gguf_file": {"errors"},
     "hub": {"errors"},
     "texts": {"errors"},
     "layout": {"errors", "gguf_file"},
     "memory": {"errors", "layout", "sizes"},
     "sizes": {"errors"},
+    # The low-precision copy.
+    "importance": {"errors", "gguf_file", "layout"},
+    "low_file": {"errors", "fingerprint", "folders", "gguf_file", "layout", "low_types"},
+    "low_types": {"errors", "gguf_file", "layout"},
+    "low_writer": {
+        "_native", "errors", "gguf_file", "importance", "layout", "low_file", "low_types", "sizes",
+    },
+    "prepare": {
+        "_native", "cpus", "errors", "gguf_file", "importance", "layout", "low_file", "low_types",
+        "low_writer",
+    },
     # Running one.
     "_native": {"errors"},
     "llama": {
-        "_log", "_native", "cpus", "errors", "gguf_file", "layout", "memory", "stats", "streamed",
+        "_log", "_native", "cpus", "errors", "gguf_file", "layout", "low_file", "memory", "rule",
+        "stats", "streamed",
     },
-    "streamed": {"_log", "_native", "errors", "layout", "memory"},
+    "streamed": {"_log", "_native", "errors", "layout", "memory", "rule"},
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a rule costs.
@@ -50,25 +64,36 @@ IMPORTS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         "choices", "demo", "errors", "evaluate", "forced", "generate", "gguf_file", "hub", "layout",
-        "llama", "memory", "modes", "options", "plot", "render", "report", "stock", "texts",
-        "verify",
+        "llama", "low_file", "low_writer", "memory", "modes", "options", "plot", "prepare",
+        "render", "report", "stock", "texts", "verify",
     },
-    "modes": {"calibration", "errors", "rule"},
+    "modes": {"calibration", "errors", "fingerprint", "gguf_file", "low_file", "rule"},
     "plot": {"errors"},
     "report": {"choices", "evaluate"},
     "options": {"cpus", "errors", "generate", "gguf_file"},
-    "render": {"generate", "layout", "memory", "sizes", "verify"},
+    "render": {"generate", "layout", "low_writer", "memory", "sizes", "verify"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
 THIRD_PARTY: dict[str, set[str]] = {
     "cffi": set(),
     "ctypes": {"_log"},
-    "gguf": {"demo"},
+    "gguf": {"demo", "importance"},
     "huggingface_hub": {"hub"},
     "llama_cpp": {"_log", "_native", "forced", "generate", "llama", "stock", "streamed"},
     "matplotlib": {"plot"},
-    "numpy": {"demo", "evaluate", "forced", "search", "stock", "verify"},
+    "numpy": {
+        "demo",
+        "evaluate",
+        "forced",
+        "importance",
+        "llama",
+        "low_writer",
+        "search",
+        "stock",
+        "streamed",
+        "verify",
+    },
     "rich": {"render"},
     "typer": {"cli"},
 }
@@ -106,6 +131,7 @@ INCLUDES: dict[str, set[str]] = {
     # ggml's and llama.cpp's interfaces.
     "backend.c": {"hobbit.h", "model.h", "moe.h", "os.h", "segment.h"},
     "context_memory.cpp": {"hobbit.h"},
+    "quantize.c": {"hobbit.h"},
 }
 
 # ggml's and llama.cpp's headers, and who includes each.
@@ -114,7 +140,7 @@ GGML: dict[str, set[str]] = {
     "ggml-backend.h": {"context_memory.cpp", "segment.c"},
     "ggml-cpu.h": {"moe.c"},
     "ggml-impl.h": {"moe.c", "segment.c"},
-    "ggml.h": {"moe.h", "routing.h", "segment.h", "shape.h"},
+    "ggml.h": {"moe.h", "quantize.c", "routing.h", "segment.h", "shape.h"},
     "llama-ext.h": {"context_memory.cpp"},
 }
 
