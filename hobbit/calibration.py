@@ -94,10 +94,11 @@ def save(calibration: Calibration, path: Path) -> None:
         raise HobbitError(f"{path}: cannot write the calibration: {exc.strerror}") from exc
 
 
-def load(path: Path, source: str) -> Calibration | None:
+def load(path: Path, source: str | None = None) -> Calibration | None:
     """Return the calibration of the model whose fingerprint is `source`, or None without a file.
 
-    Raises ModelError for one of another model or version, or that is damaged.
+    Without a fingerprint it may be of any model. Raises ModelError for one of another model or
+    version, or that is damaged.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +119,7 @@ def load(path: Path, source: str) -> Calibration | None:
         calibration = Calibration(**known)
     except (KeyError, TypeError, ValueError) as exc:
         raise ModelError(f"{path}: the calibration is damaged: {again}") from exc
-    if calibration.source != source:
+    if source is not None and calibration.source != source:
         raise ModelError(f"{path}: the calibration is of another model: {again}")
     return calibration
 

@@ -17,6 +17,7 @@ from .errors import UsageError
 from .evaluate import Progress, log_normaliser
 from .forced import Model
 from .rule import Rule
+from .texts import read
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -64,12 +65,8 @@ def read_questions(path: Path) -> list[Question]:
     with BIG-bench's "target_scores", from a choice's text to its worth. Raises UsageError, which
     names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read {path}: {reason}") from exc
-    task = _whole(text)
+    text = read(path)
+    task = _whole(text, path)
     if task is not None:
         examples = task["examples"]
         questions = [
@@ -87,14 +84,17 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _whole(text: str) -> dict[str, Any] | None:
+def _whole(text: str, path: Path) -> dict[str, Any] | None:
     """Return the text as a BIG-bench task, or None where it is lines."""
     try:
         data = json.loads(text)
     except ValueError:
         return None
-    is_task = isinstance(data, dict) and isinstance(data.get("examples"), list)
-    return data if is_task else None
+    if not isinstance(data, dict) or "choices" in data or "target_scores" in data:
+        return None  # a single line, to be looked at as such
+    if not isinstance(data.get("examples"), list):
+        raise UsageError(f'{path}: it has no "examples", and is no line with "choices" either')
+    return data
 
 
 def _line(line: str, where: str) -> Any:
@@ -136,11 +136,14 @@ def _choices(data: Mapping[str, Any], where: str) -> tuple[list[str], list[float
 
 
 def _as_bigbench(prompt: str, choices: Iterable[str], task: Mapping[str, Any]) -> str:
-    """Put a question together with the task's own words, or with what BIG-bench has for them."""
+    """Put a question together with the task's own words, or with what BIG-bench has for them.
+
+    The choices are shown sorted: in many files the right one comes first.
+    """
     prompt = str(task.get("example_input_prefix", "\nQ: ")) + prompt
     if task.get("append_choices_to_input", True):
         mark = str(task.get("choice_prefix", "\n  choice: "))
-        prompt += "".join(mark + choice for choice in choices)
+        prompt += "".join(mark + choice for choice in sorted(choices))
     prompt += str(task.get("example_output_prefix", "\nA: "))
     return str(task.get("task_prefix", "")) + prompt
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 
+# Exit code of `hobbit eval` when a mode is further from exact than --max-kld allows.
+EXIT_TOO_FAR = 6
 # Fewer counted tokens say nothing.
 MIN_TOKENS = 64
 # What is left of the disk when the logits are written.
@@ -129,19 +131,43 @@ def compare(
     on_progress: Progress | None = None,
 ) -> list[Row]:
     """Run `evaluate` on anything that is a `Model`; the others are held to the first arm."""
+    with comparison(
+        model, tokens, sample, bos=bos, folder=folder, on_progress=on_progress
+    ) as measured:
+        return [measured(name, rule) for name, rule in arms]
+
+
+@contextmanager
+def comparison(
+    model: Model,
+    tokens: Sequence[int],
+    sample: Sample | None = None,
+    *,
+    bos: int | None = None,
+    folder: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Iterator[Callable[[str, Rule], Row]]:
+    """Give a function that measures one arm after another; the first is what the rest is held to.
+
+    For who decides by the last row what to measure next; otherwise, and in what is raised, as
+    `evaluate`.
+    """
     sample = sample or Sample()
     parts = windows(tokens, sample, bos)
     if max(map(len, parts)) > model.n_ctx:
         raise UsageError(f"windows of {sample.window} tokens need a context of as many")
     n_steps = sum(len(part) - 1 for part in parts)
     say = on_progress or (lambda mode, done: None)
-    rows: list[Row] = []
     with _Reference.room(model.n_vocab, n_steps, folder) as reference:
-        for name, rule in arms:
+
+        def measured(name: str, rule: Rule) -> Row:
             say(name, 0.0)
-            reference.rewind(keep=bool(rows))
-            rows.append(_run(model, name, rule, parts, sample, reference, say))
-    return rows
+            reference.rewind()
+            row = _run(model, name, rule, parts, sample, reference, say)
+            reference.complete = True
+            return row
+
+        yield measured
 
 
 def windows(tokens: Sequence[int], sample: Sample, bos: int | None = None) -> list[list[int]]:
@@ -206,7 +232,7 @@ class _Reference:
     def __init__(self, file: IO[bytes], n_vocab: int) -> None:
         self._file = file
         self._row = np.empty(n_vocab, dtype=np.float32)
-        self._reads = False
+        self.complete = False
 
     @classmethod
     @contextmanager
@@ -223,14 +249,13 @@ class _Reference:
         with tempfile.TemporaryFile(dir=place, prefix="hobbit-logits-", buffering=0) as file:
             yield cls(file, n_vocab)
 
-    def rewind(self, keep: bool) -> None:
-        """Go to the first row, to read them if they are to be kept, else to write them."""
+    def rewind(self) -> None:
+        """Go to the first row."""
         self._file.seek(0)
-        self._reads = keep
 
     def next(self, logits: Logits) -> Logits:
         """Return exact's row: the one given in the first arm, the one from the file later."""
-        if not self._reads:
+        if not self.complete:
             view = np.ascontiguousarray(logits).data.cast("B")
             while view:
                 view = view[self._file.write(view) :]

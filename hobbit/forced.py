@@ -68,10 +68,25 @@ class Forced:
         """Tokens that fit the context."""
         return int(self._llm.n_ctx())
 
+    def tokens(self, text: str) -> list[int]:
+        """Tokenise a text, in which no word is special, without a token for its beginning."""
+        return [*self._llm.tokenize(text.encode(), add_bos=False, special=False)]
+
+    @property
+    def bos(self) -> int | None:
+        """The token that this model wants at the beginning of every text, or None."""
+        model = self._llm._model
+        return int(model.token_bos()) if model.add_bos_token() else None
+
     def begin(self, rule: Rule) -> None:
-        """Start an arm: this rule, an empty cache of experts, no context."""
-        self._llm.rule = rule
-        self._llm.forget()
+        """Start an arm: this rule, an empty cache of experts, no context.
+
+        Raises UsageError for a rule that needs a low copy where there is none, and HobbitError for
+        any but the exact one on a model whose experts do not stream.
+        """
+        if self._llm.layout.groups or not rule.is_exact:
+            self._llm.rule = rule
+            self._llm.forget()
         self.clear()
 
     def clear(self) -> None:

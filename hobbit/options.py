@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable
@@ -22,6 +23,8 @@ DEMO = "demo"
 DEMO_PROMPT = "Explain in a few sentences why the sky is blue."
 DEMO_TOKENS = 256
 DEFAULT_CONTEXT = 4096
+# For multiple-choice questions, most of which are short.
+TASK_CONTEXT = 1024
 # ggml's GGML_MAX_N_THREADS.
 MAX_THREADS = 512
 # llama.cpp takes 32 bits, of which the largest number means a random seed.
@@ -142,6 +145,62 @@ class Options:
         paths_as_text = json.dumps(asdict(self) | chosen, default=str)
         plain: dict[str, Any] = json.loads(paths_as_text)
         return plain
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """One value for each flag of `hobbit eval`, by the name of its parameter."""
+
+    model: str | None = None
+    file: Path | None = None
+    tokens: int = 1536
+    window: int = 256
+    mode: tuple[str, ...] = ()
+    t1: float | None = None
+    t2: float | None = None
+    deterministic: bool = False
+    low: Path | None = None
+    tasks: tuple[Path, ...] = ()
+    max_kld: float | None = None
+    plot: Path | None = None
+    ctx_size: int | None = None
+    threads: int | None = None
+    memory: str = "auto"
+    json_output: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tokens and not self.tasks:
+            raise UsageError("--tokens 0 measures nothing without --tasks")
+        if self.ctx_size is not None and self.tokens and self.ctx_size < self.window:
+            raise UsageError(f"-c {self.ctx_size}: a window of {self.window} tokens does not fit")
+
+    @property
+    def has_thresholds(self) -> bool:
+        return (self.t1, self.t2) != (None, None)
+
+    def loading(self) -> Options:
+        """Return how the model is loaded: no larger context than is needed."""
+        needed = max(self.window if self.tokens else 0, TASK_CONTEXT if self.tasks else 0)
+        return Options(
+            model=self.model,
+            ctx_size=self.ctx_size or needed,
+            threads=self.threads,
+            memory=self.memory,
+        )
+
+    def facts(self, model: Path, text: str) -> dict[str, Any]:
+        """Return what was measured, as plain data."""
+        return {
+            "model": str(model),
+            "low": None,
+            "text": str(self.file) if self.file else "built-in",
+            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokens": self.tokens,
+            "window": self.window,
+            "deterministic": self.deterministic,
+            "max_kld": self.max_kld,
+        }
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

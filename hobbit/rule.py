@@ -27,6 +27,9 @@ class Rule:
     deterministic: the need decides alone, so that the output does not depend on what is cached;
     without it, a better copy that is cached is used.
     renormalise: after a skip, a token's other gate weights grow to the old sum.
+    substitute: lambda of cache-aware routing (arXiv 2412.00099), which the others are compared
+    with: experts that are cached get this share of the range of the router's logits on top.
+    experts: so many of a token's experts are used and the others skipped; 0 is all.
     per_token: with deterministic, in a batch too each token gets its own precision; otherwise an
     expert gets the strongest need of the batch.
     """
@@ -36,6 +39,8 @@ class Rule:
     deterministic: bool = False
     renormalise: bool = False
     per_token: bool = False
+    substitute: float = 0.0
+    experts: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("T1", self.t1), ("T2", self.t2)):
@@ -61,7 +66,7 @@ class Rule:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is ever lower than high."""
-        return min(_values(self.t1)) >= 1
+        return min(_values(self.t1)) >= 1 and not self.substitute and not self.experts
 
     @property
     def needs_low(self) -> bool:

@@ -221,6 +221,8 @@ class StreamedModel:
             "deterministic": rule.deterministic,
             "renormalise": rule.renormalise,
             "per_token": rule.per_token,
+            "substitute": rule.substitute,
+            "experts": rule.experts,
         }
         error = error_buffer()
         made_rule = ffi.new("struct hobbit_rule *", native)

@@ -112,6 +112,8 @@ struct hobbit_rule {
     const float *t1, *t2;  /* one a group, t1 <= t2; copied. NULL: no scoring, everything is high */
     int32_t deterministic; /* the need decides alone; else a better copy that is cached is used */
     int32_t renormalise;   /* after a skip, the token's other gate weights grow to the old sum */
+    int32_t experts;       /* a token's others are skipped; 0: all are used */
+    float substitute;      /* lambda of cache-aware routing, for comparisons; 0: off. See native/substitute.h */
     int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */
 };
 

@@ -41,6 +41,10 @@ struct hobbit_model {
     int32_t n_pools;
     uint64_t cache_bytes;
     struct hb_rule rule;
+    struct range {
+        double sum;
+        uint64_t n;
+    } *ranges; /* one a group: of the router's logits */
     struct hb_gathered gathered;
     struct hb_schedule *schedule; /* recorded or replayed, or NULL */
     bool low_kept;
@@ -261,8 +265,16 @@ int32_t hobbit_model_set_rule(struct hobbit_model *m, const struct hobbit_rule *
         return HOBBIT_ARG;
     }
     size_t bytes = (size_t) m->catalog.n_groups * sizeof *rule->t1;
+    if (m->ranges == NULL) {
+        m->ranges = calloc((size_t) m->catalog.n_groups, sizeof *m->ranges);
+    }
+    if (m->ranges == NULL) {
+        snprintf(err, err_len, "out of memory");
+        return HOBBIT_NOMEM;
+    }
     struct hb_rule new = {active, rule->deterministic != 0, rule->renormalise != 0,
-                          rule->per_token != 0 && rule->deterministic != 0, NULL, NULL};
+                          rule->per_token != 0 && rule->deterministic != 0, rule->experts, rule->substitute,
+                          NULL, NULL};
     if (active) {
         new.t1 = malloc(bytes);
         new.t2 = malloc(bytes);
@@ -427,6 +439,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->extents);
     free(m->rule.t1);
     free(m->rule.t2);
+    free(m->ranges);
     (void) hb_schedule_close(m->schedule);
     free_asked(m);
     hb_catalog_close(&m->catalog);
@@ -550,6 +563,17 @@ static bool start_read(struct hobbit_model *m, struct hb_key key, bool backgroun
     }
     hb_reader_submit(m->reader, &load->job);
     return true;
+}
+
+bool hb_model_is_cached(const struct hobbit_model *m, int32_t group, int32_t expert) {
+    return is_cached(m, group, expert, HOBBIT_HIGH);
+}
+
+float hb_model_mean_range(struct hobbit_model *m, int32_t group, float range) {
+    struct range *r = &m->ranges[group];
+    r->sum += (double) range;
+    r->n++;
+    return (float) (r->sum / (double) r->n);
 }
 
 bool hb_model_has_schedule(const struct hobbit_model *m) {

@@ -26,6 +26,8 @@ struct hb_counters {
 struct hb_rule {
     bool active; /* else everything is high, and there are no thresholds */
     bool deterministic, renormalise, per_token;
+    int32_t experts;
+    float substitute;
     float *t1, *t2; /* one a group */
 };
 
@@ -74,6 +76,9 @@ int32_t hb_model_choose(struct hobbit_model *model, int32_t group, int32_t exper
 bool hb_model_schedule(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
                        int32_t *precisions);
 bool hb_model_has_schedule(const struct hobbit_model *model);
+bool hb_model_is_cached(const struct hobbit_model *model, int32_t group, int32_t expert); /* its high copy */
+/* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
+float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
 /* Take in what was read in the background. */
 void hb_model_settle(struct hobbit_model *model);
 /* Count the look-up; a cached copy is pinned and its slot returned, else -1. */

@@ -10,6 +10,7 @@
 #include "routing.h"
 #include "segment.h"
 #include "shape.h"
+#include "substitute.h"
 
 /* Above this, ggml's table of stack depth x pairs costs more than gathering does. */
 #define IN_PLACE_TABLE_ENTRIES ((int64_t) 4 << 20)
@@ -288,6 +289,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     int32_t n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert;
     if (!hb_model_ready(s->model)) {
         hb_model_fail(s->model, "the model has no expert cache yet");
+        return GGML_STATUS_FAILED;
+    }
+    if (!hb_substitute(&moe->scores, s)) {
         return GGML_STATUS_FAILED;
     }
     if (!hb_routing_read(&moe->routing, s->ids, n_expert)) {

@@ -32,10 +32,21 @@ static void score_pairs(const struct hb_segment *s, const struct hb_routing *r, 
     }
 }
 
+/* How many of the token's pairs matter more. */
+static int32_t rank(const float *scores, int32_t n_used, int32_t n) {
+    int32_t before = 0;
+    for (int32_t i = 0; i < n_used; i++) {
+        before += scores[i] < scores[n] || (scores[i] == scores[n] && i < n);
+    }
+    return before;
+}
+
 static void apply_rule(const struct hb_rule *rule, const struct hb_segment *s, struct hb_routing *r,
                        const float *scores, uint8_t *needs) {
     for (int64_t i = 0; i < r->n_pairs; i++) {
-        needs[i] = (uint8_t) hb_scorer_need(scores[i], rule->t1[s->group], rule->t2[s->group]);
+        int32_t n = (int32_t) (i % r->n_used);
+        bool used = rule->experts == 0 || rank(scores + i - n, r->n_used, n) < rule->experts;
+        needs[i] = used ? (uint8_t) hb_scorer_need(scores[i], rule->t1[s->group], rule->t2[s->group]) : HOBBIT_SKIP;
     }
     if (rule->per_token) {
         hb_routing_divide(r, needs);

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 from fakemodel import FakeModel
-from test_evaluate import Ruled
 
+import hobbit
 from hobbit.choices import ChoiceRow, Question, answer, read_questions
 from hobbit.errors import UsageError
 from hobbit.evaluate import log_normaliser
@@ -148,7 +148,7 @@ def test_with_a_model(tmp_path: Path) -> None:
         Question("it is the", ("end of it", "a"), (1, 0)),
         Question("we were at", ("you", "they had"), (0, 1)),
     ]
-    with Ruled(str(path), n_ctx=256, n_threads=1, memory="1G") as llm:
+    with hobbit.Llama(str(path), n_ctx=256, n_threads=1, memory="1G") as llm:
         arms = [("exact", EXACT), ("again", EXACT)]
         exact, again = answer(Forced(llm), asked, arms, lambda text: llm.tokenize(text.encode()))
         assert exact.n == 2 and again.agreement == 1
@@ -182,12 +182,12 @@ def test_lines(tmp_path: Path) -> None:
 def test_bigbench(tmp_path: Path) -> None:
     task: dict[str, Any] = {
         "name": "t",
-        "examples": [{"input": "1 + 1 =", "target_scores": {"2": 1, "3": 0}}],
+        "examples": [{"input": "1 + 1 =", "target_scores": {"3": 0, "2": 1}}],
     }
     path = tmp_path / "task.json"
     path.write_text(json.dumps(task, indent=2))
     plain = "\nQ: 1 + 1 =\n  choice: 2\n  choice: 3\nA: "
-    assert read_questions(path) == [Question(plain, ("2", "3"), (1, 0))]
+    assert read_questions(path) == [Question(plain, ("3", "2"), (0, 1))]
     task |= {"append_choices_to_input": False, "task_prefix": "Add.\n", "example_input_prefix": ""}
     path.write_text(json.dumps(task))
     assert read_questions(path)[0].prompt == "Add.\n1 + 1 =\nA: "
@@ -198,8 +198,9 @@ def test_bigbench(tmp_path: Path) -> None:
     [
         ("{", "t.jsonl:1: it is not JSON"),
         ("[1]", "t.jsonl:1: it is not an object"),
+        ('{"x": 1}', 'it has no "examples"'),
         ('{"choices": ["a", "b"], "answer": 0}', 'no "question" or "input"'),
-        ('{"input": "x"}', 'no "choices" or "target_scores"'),
+        ('{"input": "x"}\n[]', 'no "choices" or "target_scores"'),
         ('{"input": "x", "choices": ["a", "b"], "answer": 2}', '"answer" must be the number'),
         ('{"input": "x", "choices": ["a", "b"], "answer": "a"}', '"answer" must be the number'),
         ('{"input": "x", "choices": ["a", "b"], "answer": true}', '"answer" must be the number'),
@@ -207,6 +208,7 @@ def test_bigbench(tmp_path: Path) -> None:
         ('{"input": "x", "choices": ["a", " "], "answer": 0}', "two choices at least"),
         ('{"input": "x", "target_scores": {"a": "1", "b": 0}}', "must be numbers"),
         ("", "there is no question in it"),
+        ('{"name": "x",\n "subtasks": []}', 'it has no "examples"'),
         ('{"examples": []}', "there is no question in it"),
         ('{"examples": [5]}', "example 1: it is not an object"),
     ],

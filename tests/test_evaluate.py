@@ -241,25 +241,15 @@ def test_row_is_plain_data() -> None:
 # with a model
 
 
-class Ruled(hobbit.Llama):
-    """Takes a rule, where the model of this version has none: it changes nothing."""
-
-    if not hasattr(hobbit.Llama, "forget"):
-        rule = EXACT
-
-        def forget(self) -> None:
-            pass
-
-
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tiny.make_text_model(tmp_path_factory.mktemp("evaluate") / "m.gguf")
     size = cache_bytes(layout_of(path), "half")
-    with Ruled(str(path), n_ctx=256, n_threads=1, memory="1G", cache_bytes=size) as llama:
+    with hobbit.Llama(str(path), n_ctx=256, n_threads=1, memory="1G", cache_bytes=size) as llama:
         yield llama
 
 
-def test_exact_with_a_model(llm: Ruled) -> None:
+def test_exact_with_a_model(llm: hobbit.Llama) -> None:
     tokens = llm.tokenize(b"it is the end of a day " * 20, add_bos=False)
     sample = Sample(window=128, limit=256)
     exact, again = evaluate(llm, tokens, [("again", EXACT)], sample, bos=1)
@@ -273,7 +263,7 @@ def test_exact_with_a_model(llm: Ruled) -> None:
     assert llm.create_completion("the end", max_tokens=3, temperature=0)["choices"][0]["text"]
 
 
-def test_forced_decoding_gives_the_models_logits(llm: Ruled) -> None:
+def test_forced_decoding_gives_the_models_logits(llm: hobbit.Llama) -> None:
     from hobbit.stock import Job, collect
 
     job = Job(n_prompt=1, n_decode=20, n_threads=1)
@@ -289,7 +279,7 @@ def test_forced_decoding_gives_the_models_logits(llm: Ruled) -> None:
     assert model.decode(tokens[12:15], logits=False).shape == (0, llm.n_vocab())
 
 
-def test_cancel_from_another_thread(llm: Ruled) -> None:
+def test_cancel_from_another_thread(llm: hobbit.Llama) -> None:
     tokens = llm.tokenize(b"it is the end of a day " * 40, add_bos=False)
     started = threading.Event()
 
@@ -304,7 +294,7 @@ def test_cancel_from_another_thread(llm: Ruled) -> None:
     thread.join()
 
 
-def test_ctrl_c_stops_the_model_first(llm: Ruled) -> None:
+def test_ctrl_c_stops_the_model_first(llm: hobbit.Llama) -> None:
     tokens = llm.tokenize(b"it is the end of a day " * 40, add_bos=False)
     running = threading.active_count()
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -317,7 +307,7 @@ def test_ctrl_c_stops_the_model_first(llm: Ruled) -> None:
     evaluate(llm, tokens, [], Sample(window=128, limit=128, warmup=0))  # no cancel is left behind
 
 
-def test_stoppable_passes_on(llm: Ruled) -> None:
+def test_stoppable_passes_on(llm: hobbit.Llama) -> None:
     assert stoppable(llm, lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         stoppable(llm, lambda: 1 // 0)

@@ -23,12 +23,12 @@ IMPORTS: dict[str, set[str]] = {
     "folders": set(),
     "stats": set(),
     "stock": set(),
-    "texts": set(),
     # Files and memory: nothing here runs a model.
     "demo": {"errors", "folders"},
     "fingerprint": {"errors", "gguf_file"},
     "gguf_file": {"errors"},
     "hub": {"errors"},
+    "texts": {"errors"},
     "layout": {"errors", "gguf_file"},
     "memory": {"errors", "layout", "sizes"},
     "sizes": {"errors"},
@@ -60,7 +60,7 @@ IMPORTS: dict[str, set[str]] = {
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a rule costs.
-    "choices": {"errors", "evaluate", "forced", "rule"},
+    "choices": {"errors", "evaluate", "forced", "rule", "texts"},
     "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
     "forced": {"llama", "rule", "stats"},
     "search": {"calibration", "rule"},
@@ -68,11 +68,15 @@ IMPORTS: dict[str, set[str]] = {
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
     "cli": {
-        "demo", "errors", "generate", "gguf_file", "hub", "layout", "llama", "low_file",
-        "low_writer", "memory", "options", "prepare", "quality", "render", "stock", "verify",
+        "choices", "demo", "errors", "evaluate", "forced", "generate", "gguf_file", "hub",
+        "layout", "llama", "low_file", "low_writer", "memory", "modes", "options", "plot",
+        "prepare", "quality", "render", "report", "rule", "stock", "texts", "verify",
     },
     "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
+    "modes": {"calibration", "errors", "fingerprint", "gguf_file", "low_file", "rule"},
+    "plot": {"errors"},
+    "report": {"choices", "evaluate"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
@@ -82,6 +86,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gguf": {"demo", "importance"},
     "huggingface_hub": {"hub"},
     "llama_cpp": {"_log", "_native", "forced", "generate", "llama", "stock", "streamed"},
+    "matplotlib": {"plot"},
     "numpy": {
         "demo",
         "evaluate",
@@ -120,7 +125,15 @@ INCLUDES: dict[str, set[str]] = {
     "model.c": {"gguf_stream.h", "schedule.h"},
     "model.h": {"cache.h", "catalog.h", "hobbit.h", "reader.h"},
     # Graphs.
-    "moe.c": {"model.h", "precision.h", "replica.h", "routing.h", "segment.h", "shape.h"},
+    "moe.c": {
+        "model.h",
+        "precision.h",
+        "replica.h",
+        "routing.h",
+        "segment.h",
+        "shape.h",
+        "substitute.h",
+    },
     "moe.h": set(),
     "precision.c": {"model.h", "scorer.h", "shape.h"},
     "precision.h": {"block.h", "routing.h", "segment.h"},
