@@ -147,6 +147,8 @@ INCLUDES: dict[str, set[str]] = {
     "segment.h": {"catalog.h"},
     "shape.c": set(),
     "shape.h": set(),
+    "substitute.c": {"model.h", "shape.h"},
+    "substitute.h": {"block.h", "segment.h"},
     # ggml's and llama.cpp's interfaces.
     "backend.c": {"hobbit.h", "model.h", "moe.h", "os.h", "segment.h"},
     "context_memory.cpp": {"hobbit.h"},
