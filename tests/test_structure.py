@@ -68,15 +68,16 @@ IMPORTS: dict[str, set[str]] = {
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
     "cli": {
-        "choices", "demo", "errors", "evaluate", "forced", "generate", "gguf_file", "hub",
-        "layout", "llama", "low_file", "low_writer", "memory", "modes", "options", "plot",
-        "prepare", "quality", "render", "report", "rule", "stock", "texts", "verify",
+        "calibrate", "calibration", "choices", "demo", "errors", "evaluate", "fingerprint",
+        "forced", "generate", "gguf_file", "hub", "importance", "layout", "llama", "low_file",
+        "low_writer", "memory", "modes", "options", "plot", "prepare", "quality", "render",
+        "report", "rule", "stock", "texts", "verify",
     },
     "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
     "modes": {"calibration", "errors", "fingerprint", "gguf_file", "low_file", "rule"},
     "plot": {"errors"},
-    "report": {"choices", "evaluate"},
+    "report": {"calibration", "choices", "evaluate", "plot"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
