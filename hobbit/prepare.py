@@ -147,6 +147,8 @@ def _check_dest(layout: Layout, dest: Path, force: bool) -> None:
         raise UsageError(f"-o {dest}: is a folder; name a file")
     if not dest.exists():
         return
+    if not dest.is_file():
+        raise UsageError(f"-o {dest}: is not a regular file")
     if any(dest.samefile(part.path) for part in layout.gguf.parts):
         raise UsageError(f"-o {dest}: is the model itself; name another file")
     if not force and _key_of(dest) is None:

@@ -167,17 +167,16 @@ def test_an_interrupted_run_is_continued(layout: Layout, dest: Path, tmp_path: P
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from hobbit import low_writer
 from hobbit.prepare import make_low
 from lowfiles import layout_of
 low_writer.UNIT_BYTES, low_writer.CHECKPOINT_S = 1000, 0
-calls = []
 def progress(stage, done, words):
-    calls.append(done)
-    if len(calls) == 25:
+    time.sleep(0.01)
+    if Path({dest!r} + ".part.journal").read_text().count("\\n") > 20:
         os.kill(os.getpid(), signal.SIGKILL)
 make_low(layout_of(Path({model!r})), Path({dest!r}), "q4_0", threads=2, progress=progress)
 """
@@ -300,6 +299,21 @@ def test_one_writer_at_a_time(layout: Layout, dest: Path) -> None:
     assert refusals
 
 
+def test_a_file_that_got_its_name_meanwhile_is_not_overwritten(
+    layout: Layout, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = low_writer.fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        """Lock, after the other run has finished."""
+        part_path(dest).replace(dest)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(low_writer.fcntl, "flock", flock)
+    with pytest.raises(HobbitError, match="another hobbit is writing it"):
+        make_low(layout, dest, "q4_0")
+
+
 def test_types_that_need_an_importance(
     tmp_path: Path, dest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +383,8 @@ def test_files_of_others_are_left_alone(model: Path, layout: Layout, dest: Path)
             prepare(layout, model, force=force)
         with pytest.raises(UsageError, match="is a folder; name a file"):
             prepare(layout, model.parent, force=force)
+        with pytest.raises(UsageError, match="is not a regular file"):
+            prepare(layout, Path(os.devnull), force=force)
     assert prepare(layout, dest, force=True) is not None
 
 
