@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from lowfiles import layout_of
+from lowfiles import ggml_loads, layout_of
 from moefile import write_moe
 
 from hobbit.errors import ModelError
@@ -51,6 +51,7 @@ def test_it_is_a_gguf_of_the_experts_alone(model: Path) -> None:
     }.keys()
     assert 0.001 < value["hobbit.low.error.down"] < 0.02
     assert low.stat().st_size % 4096 == 0
+    assert ggml_loads(low) == 6
 
 
 def test_the_header_takes_the_errors_without_growing(model: Path) -> None:
