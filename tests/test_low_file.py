@@ -131,6 +131,21 @@ def test_the_fingerprint_looks_into_every_part(tmp_path: Path) -> None:
     assert len(seen | {before}) == len(source.parts) + 1
 
 
+def test_the_samples_are_spread_over_all_parts_together(tmp_path: Path) -> None:
+    first = write_moe(tmp_path / "m.gguf", kind="Q8_0", tensors_per_part=5)
+    source = open_gguf(first)
+    before, last = fingerprint(source), source.parts[-1]
+    total = sum(part.size for part in source.parts)
+    places = [i * total // SAMPLES - (total - last.size) for i in range(SAMPLES)]
+    places = [place for place in places if place >= 0]
+    assert len(places) > 5
+    for place in places:
+        data = last.path.read_bytes()
+        last.path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert fingerprint(source) != before, place
+        last.path.write_bytes(data)
+
+
 def test_a_pair_is_given_in_the_models_order(model: Path) -> None:
     high = layout_of(model)
     low = open_gguf(make(model))
