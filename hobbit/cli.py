@@ -16,8 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -41,10 +42,13 @@ from .render import (
 )
 
 if TYPE_CHECKING:
+    from .choices import ChoiceRow
+    from .evaluate import Row
     from .layout import Layout
     from .llama import Llama
     from .memory import MemoryPlan
-    from .options import Options
+    from .options import EvalOptions, Options
+    from .quality import Quality
 
 EXIT_DISK_FULL = 5
 _STDIN_PATIENCE_S = 2.0
@@ -280,6 +284,45 @@ def run(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    quality: Annotated[
+        str,
+        _flag(
+            "-Q",
+            "--quality",
+            help="exact, high, balanced, fast, or the mean KL divergence to exact that is allowed, "
+            "as 0.02. All but exact need hobbit prepare.",
+        ),
+    ] = "exact",
+    t1: Annotated[
+        float | None,
+        _flag("--t1", help="For experts: score above which low precision will do.", max=1),
+    ] = None,
+    t2: Annotated[
+        float | None,
+        _flag(
+            "--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool,
+        _flag("--deterministic", help="The same text whatever the cap, the cache and the disk."),
+    ] = False,
+    low_file: Annotated[
+        Path | None,
+        _flag("--low-file", help="GGUF with the experts in fewer bits (default: prepare's)."),
+    ] = None,
+    resident_low: Annotated[
+        str,
+        _flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
+    ] = "auto",
+    record: Annotated[
+        Path | None,
+        _flag("--record", help="Write the precision that each expert gets to FILE."),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        _flag("--replay", help="Give the experts the precisions recorded in FILE."),
+    ] = None,
     io: Annotated[str, _flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
     io_threads: Annotated[
         int, _flag("--io-threads", min=0, help="Reading threads; 0: chosen.")
@@ -433,12 +476,175 @@ def _prepare(options: Options, low: str, imatrix: str, output: Path | None, forc
     return 0
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
+    ] = None,
+    file: Annotated[
+        Path | None, _flag("-f", "--file", help="Text to judge by (default: a built-in one).")
+    ] = None,
+    tokens: Annotated[
+        int, _flag("--tokens", min=0, help="How much of it; 0: only the tasks.")
+    ] = 1536,
+    window: Annotated[
+        int, _flag("--window", min=32, help="Tokens of context a piece of it has.")
+    ] = 256,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mode",
+            metavar="MODE",
+            help="Compare this with exact (repeatable): high, balanced, fast, a KL budget (0.02), "
+            "T1:T2, all-low, skip-only:T, fewer:K experts, or substitute:LAMBDA, cache-aware "
+            "routing (default: all that the model is prepared for).",
+        ),
+    ] = None,
+    t1: Annotated[
+        float | None, _flag("--t1", min=0, max=1, help="One more mode: high up to this score,")
+    ] = None,
+    t2: Annotated[
+        float | None, _flag("--t2", min=0, max=1, help="low up to this one, above it skipped.")
+    ] = None,
+    deterministic: Annotated[
+        bool, _flag("--deterministic", help="Let the scores decide, whatever is cached.")
+    ] = False,
+    low: Annotated[
+        Path | None, _flag("--low-file", help="Low-precision copy of the experts.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--tasks",
+            metavar="FILE",
+            help="Multiple-choice questions: JSON lines, or a task.json of BIG-bench (repeatable).",
+        ),
+    ] = None,
+    max_kld: Annotated[
+        float | None,
+        _flag("--max-kld", min=0, help="Exit with 6 if a mode's mean KL is above this."),
+    ] = None,
+    plot: Annotated[
+        Path | None, _flag("--plot", help="Draw KL against bytes a token into this PNG.")
+    ] = None,
+    ctx_size: Annotated[
+        int | None, _flag("-c", "--ctx-size", min=32, help="Context size (default: as needed).")
+    ] = None,
+    threads: Annotated[
+        int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    memory: Annotated[
+        str,
+        _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
+    ] = "auto",
+    json_output: Annotated[
+        bool, _flag("--json", help="Print one JSON object instead of tables.")
+    ] = False,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Measure what lossy modes cost: KL to exact, perplexity, bytes a token."""
+    values = dict(locals())
+    try:
+        from .options import EvalOptions
+
+        values["mode"], values["tasks"] = tuple(mode or ()), tuple(tasks or ())
+        return _evaluate(EvalOptions(**values))
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
+
+
+def _evaluate(options: EvalOptions) -> int:
+    from . import plot
+    from .choices import answer, read_questions
+    from .evaluate import EXIT_TOO_FAR, Sample, compare
+    from .forced import Forced, stoppable
+    from .gguf_file import open_gguf
+    from .layout import build_layout
+    from .memory import resolve_cap
+    from .modes import check_low, companions, default_modes, modes
+    from .quality import EXACT_NAME, Quality, low_copies
+    from .report import eval_lines, eval_report, task_lines, too_far
+    from .rule import EXACT
+    from .texts import read
+
+    screen, loading = Screen(options.quiet), options.loading()
+    _check_name(loading)
+    resolve_cap(options.memory)
+    if options.plot:
+        plot.check()
+    text = read(options.file)
+    questions = {str(path): read_questions(path) for path in options.tasks}
+    path = _model_path(loading, screen)
+    gguf = open_gguf(path)
+    low, calibration = companions(gguf, options.low)
+    names = options.mode or (() if options.has_thresholds else default_modes(low, calibration))
+    thresholds, typed = (options.t1, options.t2), options.model or "demo"
+    arms = modes(names, thresholds, calibration, typed, deterministic=options.deterministic)
+    check_low(arms, low, typed)
+    layout = build_layout(gguf)
+    screen.say(model_line(layout), *resident_lines(layout))
+    copies = low_copies(layout, low) if any(rule.needs_low for _, rule in arms) else None
+    quality = Quality(EXACT_NAME, EXACT, copies)
+    with closing(_load(layout, loading, quality, screen)) as llm, screen.progress() as report:
+        model, sample = Forced(llm), Sample(options.window, options.tokens)
+        tokens, bos = model.tokens(text), model.bos
+
+        def measure() -> list[Row]:
+            return compare(model, tokens, arms, sample, bos=bos, on_progress=report)
+
+        def ask(name: str) -> list[ChoiceRow]:
+            first = [] if bos is None else [bos]
+            return answer(
+                model,
+                questions[name],
+                arms,
+                lambda words: [*first, *model.tokens(words)],
+                name=name,
+                on_progress=lambda mode, done: report(f"{name}: {mode}", done),
+            )
+
+        rows = stoppable(llm, measure) if options.tokens else []
+        answers = {name: stoppable(llm, partial(ask, name)) for name in questions}
+        facts = (
+            options.facts(path, text)
+            | {"low": str(low) if copies else None}
+            | {
+                "tokens_in_text": len(tokens),
+                "threads": llm.n_threads,
+                "ctx_size": llm.n_ctx(),
+                "cap_bytes": llm.stats.cap_bytes,
+                "cache_bytes": llm.stats.cache_bytes,
+                "io": llm.stats.io,
+            }
+        )
+    if options.json_output:
+        _print(json.dumps(eval_report(rows, answers, facts), ensure_ascii=False) + "\n")
+    else:
+        tables = [eval_lines(rows)] if rows else []
+        tables += [task_lines(name, found) for name, found in answers.items()]
+        _print("\n\n".join("\n".join(lines) for lines in tables) + "\n")
+    if options.plot and rows:
+        marks = [plot.Mark(row.mode, row.bytes_per_token, row.kl, row.kl_se) for row in rows]
+        plot.plot(options.plot, marks, title=path.name)
+    worse = [] if options.max_kld is None else too_far(rows, options.max_kld)
+    for line in worse:
+        screen.error(line)
+    return EXIT_TOO_FAR if worse else 0
+
+
 def _run(options: Options) -> int:
     from .generate import Prompt, generate, has_chat_template
     from .gguf_file import open_gguf
     from .layout import build_layout
     from .memory import resolve_cap
-    from .options import DEMO_PROMPT, grammar, read_prompt, sampling, system_prompt
+    from .options import (
+        DEMO_PROMPT,
+        chosen_quality,
+        grammar,
+        read_prompt,
+        sampling,
+        system_prompt,
+    )
 
     screen = Screen(options.quiet, options.color)
     _check_name(options)
@@ -450,12 +656,13 @@ def _run(options: Options) -> int:
     path = _model_path(options, screen)
     layout = build_layout(open_gguf(path))
     settings = sampling(options, layout.gguf.get, answer_grammar)
+    quality = chosen_quality(options, layout)
     if not text:
         text = DEMO_PROMPT
         screen.say(f"no prompt given, so the demo is asked: {text}")
     start = time.monotonic()
     screen.say(model_line(layout), *resident_lines(layout))
-    with closing(_load(layout, options, screen)) as llm:
+    with closing(_load(layout, options, quality, screen)) as llm, _schedule(llm, options):
         load_s = time.monotonic() - start
         io = llm.stats.io or "none"
         facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
@@ -468,18 +675,24 @@ def _run(options: Options) -> int:
         if options.json_output:
             config = options.resolved(settings) | {"model": str(path), "chat": chat}
             config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
-            report = run_report(result, llm.plan, config, load_s)
+            report = run_report(result, llm.plan, llm.quality, config, load_s)
             _print(json.dumps(report, ensure_ascii=False))
         elif whole:
             _print(result.text)
         _print("\n")
         if options.verbose:
             screen.say(*verbose_lines(result, load_s))
-        screen.say(stats_line(result))
+        screen.say(stats_line(result, llm.quality))
     return 0 if result.signal is None else _signal_code(result.signal)
 
 
-def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
+def _schedule(llm: Llama, options: Options) -> AbstractContextManager[None]:
+    if options.record:
+        return llm.recorded(options.record.expanduser())
+    return llm.replayed(options.replay.expanduser()) if options.replay else nullcontext()
+
+
+def _load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> Llama:
     """Load the model, saying what its memory is for before it takes any.
 
     It loads in another thread, so that Ctrl-C is heard while llama.cpp reads it.
@@ -488,10 +701,10 @@ def _load(layout: Layout, options: Options, screen: Screen) -> Llama:
     from .options import model_arguments
 
     trained = layout.gguf.get(f"{layout.gguf.arch}.context_length", 0)
-    arguments = model_arguments(options, trained)
+    arguments = model_arguments(options, trained) | {"quality": quality}
 
     def introduce(plan: MemoryPlan) -> None:
-        screen.say(mode_line(plan))
+        screen.say(mode_line(plan, quality))
         screen.say(*([plan.describe()] if options.verbose else cap_lines(plan)))
 
     def load() -> Llama:

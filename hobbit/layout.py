@@ -62,6 +62,14 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True)
+class LowCopies:
+    """The same experts in fewer bits: the same groups with the same matrices, in other files."""
+
+    gguf: GGUF
+    groups: tuple[ExpertGroup, ...]
+
+
+@dataclass(frozen=True)
 class Extent:
     """A run of the virtual file.
 
@@ -87,6 +95,7 @@ class Layout:
     resident: tuple[tuple[str, str], ...]
     extents: tuple[Extent, ...]
     overrides: tuple[str, ...]
+    low: LowCopies | None = None
 
     @property
     def streamed(self) -> frozenset[str]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import resource
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import llama_cpp
 import llama_cpp._internals as upstream_internals
 import llama_cpp.llama_cpp as upstream_api
+import numpy as np
+import numpy.typing as npt
 
 from . import _log
 from ._native import CancelFlag
@@ -24,16 +28,24 @@ from .cpus import has_amx
 from .errors import (
     Cancelled,
     HobbitError,
+    ModelError,
     PlanError,
     ReadError,
     UnsupportedModelError,
     UsageError,
 )
+from .fingerprint import fingerprint
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
-from .memory import Cap, Line, MemoryPlan, plan, resolve_cap, total_memory
+from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
+from .quality import EXACT_NAME, Quality, choose, low_copies
+from .rule import EXACT, Rule
+from .schedule import read_note
+from .sizes import format_size
 from .stats import Stats
-from .streamed import ContextMemory, Io, StreamedModel, made, measure
+from .streamed import ContextMemory, ExpertInputs, Io, StreamedModel, made, measure
+
+ResidentLow = Literal["auto", "on", "off"]
 
 # Arguments that llama-cpp-python once had; scripts still pass them.
 _DEAD_ARGUMENTS = {"n_gqa", "n_parts", "f16_kv", "rms_norm_eps", "mul_mat_q", "low_vram"}
@@ -62,6 +74,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     cache_bytes: size of the expert cache in place of what the cap allows; "floor" is the smallest.
     io: "direct" reads bypass the page cache; "auto" tries that first.
     io_threads: reader threads; 0 chooses.
+    quality: "exact", or a promise that `hobbit prepare` has measured: "high", "balanced", "fast",
+    or the mean KL divergence to exact that is allowed. A Quality is one that was chosen before.
+    low: path of a GGUF with the same experts in fewer bits; default: what `hobbit prepare` made.
+    deterministic: the output does not depend on the cache's size or past.
+    rule: which experts may be low or skipped, in place of a quality.
+    resident_low: keep all low copies in memory, so that nothing waits for a read: "on", "off", or
+    "auto", where they fit and even all of them together keep the promise.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -76,6 +95,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         cache_bytes: int | Literal["floor"] | None = None,
         io: Io = "auto",
         io_threads: int = 0,
+        quality: str | float | Quality = EXACT_NAME,
+        low: str | None = None,
+        deterministic: bool = False,
+        rule: Rule | None = None,
+        resident_low: ResidentLow = "auto",
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -88,6 +112,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "cache_bytes": cache_bytes,
             "io": io,
             "io_threads": io_threads,
+            "quality": quality,
+            "low": low,
+            "deterministic": deterministic,
+            "rule": rule,
+            "resident_low": resident_low,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -95,7 +124,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         ]
         if io not in ("auto", "direct", "buffered"):
             raise UsageError(f"io is {io!r}: use auto, direct or buffered")
-        self.layout: Layout = build_layout(open_gguf(Path(model_path)))
+        if resident_low not in ("auto", "on", "off"):
+            raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
+        layout = build_layout(open_gguf(Path(model_path)))
+        self.quality: Quality = _chosen(layout, self._own_arguments)
+        self.layout: Layout = replace(layout, low=self.quality.low)
         self._cap = _cap(memory, cache_bytes)
         self._on_plan = on_plan
         self.plan: MemoryPlan
@@ -127,12 +160,87 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "misses": c.misses,
                 "evictions": c.evictions,
                 "read_bytes": c.read_bytes,
+                "read_low_bytes": c.read_low_bytes,
+                "pairs_high": c.pairs_high,
+                "pairs_low": c.pairs_low,
+                "pairs_skip": c.pairs_skip,
+                "scored": c.scored,
+                "unscored": c.unscored,
+                "promotions": c.promotions,
+                "stand_ins": c.stand_ins,
                 "stall_s": c.stall_ns * 1e-9,
                 "moe_s": c.compute_ns * 1e-9,
                 "io": "direct" if c.direct_io else "buffered",
                 "cache_bytes": c.cache_bytes,
             }
         return Stats(**fields)
+
+    @property
+    def rule(self) -> Rule:
+        """Which experts may be low or skipped; a new rule is in force from the next layer on."""
+        return self.quality.rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if rule.needs_low and not self.layout.low:
+            raise UsageError("this rule needs low-precision experts: name them with low=")
+        if rule.is_exact and self.plan.low_is_resident:
+            raise UsageError("with resident low copies nothing is exact: load the model without")
+        self._moe().set_rule(rule)
+        self.quality = Quality("rule", rule, self.layout.low)
+
+    def forget(self) -> None:
+        """Drop every cached expert."""
+        self._moe().forget()
+
+    @contextmanager
+    def recorded(self, path: Path) -> Iterator[None]:
+        """While it lasts, write to `path` which precision each expert gets."""
+        with self._moe().schedule(str(path), json.dumps(self._identity())):
+            yield
+
+    @contextmanager
+    def replayed(self, path: Path) -> Iterator[None]:
+        """While it lasts, give each expert the precision that was recorded.
+
+        The same tokens in the same batches then give the same logits, whatever is cached. Raises
+        ModelError for a recording of another model; what departs from it fails as a ReadError.
+        """
+        recorded = read_note(path)
+        for name, value in self._identity().items():
+            if recorded.get(name) != value:
+                raise ModelError(
+                    f"{path}: was recorded with {name} {recorded.get(name)}, this run has {value}"
+                )
+        with self._moe().schedule(str(path)):
+            yield
+
+    def _identity(self) -> dict[str, Any]:
+        """What a precision schedule is of."""
+        low = self.layout.low.gguf if self.layout.low else None
+        return {
+            "model": fingerprint(self.layout.gguf),
+            "low": fingerprint(low) if low else None,
+            "n_batch": self.context_params.n_batch,
+            "n_ubatch": self.context_params.n_ubatch,
+            "renormalise": self.rule.renormalise,
+        }
+
+    def observe(self) -> AbstractContextManager[npt.NDArray[np.int64]]:
+        """While it lasts, count the scores s > 0 of (token, expert) pairs.
+
+        The array is [n_groups, bins], with equal bins over 0 to 1.
+        """
+        return self._moe().observe()
+
+    def collect(self) -> AbstractContextManager[dict[str, ExpertInputs]]:
+        """While it lasts, sum the squares of what enters each expert matrix, by tensor name."""
+        return self._moe().collect()
+
+    def _moe(self) -> StreamedModel:
+        if self._streamed is None:
+            raise HobbitError("the model has no experts that stream, or is closed")
+        return self._streamed
 
     def cancel(self, on: bool = True) -> None:
         """Stop the running evaluation, or else the next, within a layer: it raises Cancelled.
@@ -214,6 +322,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
+        if self.rule != EXACT:
+            streamed.set_rule(self.rule)
+        if self.plan.low_is_resident:
+            streamed.keep_low()
         return streamed.load(params, self.verbose)
 
     def _load_resident(self, params: Any) -> int:
@@ -233,7 +345,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self.verbose,
         )
 
-    def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[int]) -> None:
+    def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[SlotBytes]) -> None:
         cache, process = self._own_arguments["cache_bytes"], _resident_bytes() + _PROCESS_GROWTH
 
         def divide(cap_bytes: int) -> MemoryPlan:
@@ -247,8 +359,29 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         except PlanError as error:
             divide(error.needed_bytes)  # the page tables of the cap that the error is to name
             raise
+        if self._keeps_low():
+            self.plan = self.plan.with_resident_low()
         if self._on_plan is not None:
             self._on_plan(self.plan)
+
+    def _keeps_low(self) -> bool:
+        """Whether all low copies are to stay in memory."""
+        wish, quality = self._own_arguments["resident_low"], self.quality
+        if wish == "off" or self.plan.mode != "streamed":
+            return False
+        if wish == "auto":
+            return quality.all_low is not None and self.plan.low_fits
+        if quality.rule.is_exact or quality.low is None:
+            raise UsageError("resident low copies are for a lossy quality: add -Q or --t1 and --t2")
+        if not self.plan.low_fits:
+            needed = self.plan.low_resident_bytes
+            raise PlanError(
+                f"the low copies of all experts do not fit a memory cap of "
+                f"{format_size(self.plan.cap.bytes)}: the smallest that works is "
+                f"--memory {-(-needed >> 20)}M, or use --resident-low auto",
+                needed,
+            )
+        return True
 
     def _parts(self, measured: ContextMemory, streams: bool, process: int) -> list[Line]:
         """The fixed parts of the plan."""
@@ -362,6 +495,23 @@ def _known(arguments: dict[str, Any]) -> dict[str, Any]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"Llama() has no argument {name!r}{hint}")
     return arguments
+
+
+def _chosen(layout: Layout, own: dict[str, Any]) -> Quality:
+    """Resolve what was asked for; a rule is a matter of its own."""
+    low = Path(own["low"]) if own["low"] is not None else None
+    rule, exact = own["rule"], own["quality"] == EXACT_NAME
+    if isinstance(own["quality"], Quality):
+        return own["quality"]
+    if rule is None:
+        chosen = choose(layout, own["quality"], low, deterministic=own["deterministic"])
+        # Named all the same, low copies are there for rules that come later.
+        return replace(chosen, low=low_copies(layout, low)) if low and exact else chosen
+    if not exact:
+        raise UsageError("quality and rule are two ways to say the same: give one")
+    rule = replace(rule, deterministic=rule.deterministic or own["deterministic"])
+    needed = low is not None or rule.needs_low
+    return Quality("rule", rule, low_copies(layout, low) if needed else None)
 
 
 def _cap(memory: str | int, cache_bytes: object) -> Cap:

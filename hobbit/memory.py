@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .errors import PlanError, UsageError
 from .layout import Layout
@@ -45,11 +45,21 @@ class Line:
     reason: str = ""
 
 
+class SlotBytes(NamedTuple):
+    """Bytes that one cached expert takes in the high and in the low precision (0: no copy)."""
+
+    high: int
+    low: int = 0
+
+
 @dataclass(frozen=True)
 class Pool:
-    """Slots of one size, shared by the expert groups (by index) that need this size."""
+    """Memory of the expert groups (by index) whose slots have this size.
 
-    slot_bytes: int
+    `slots` high copies fit; where there are low ones, both kinds share the bytes.
+    """
+
+    slot_bytes: SlotBytes
     slots: int
     experts: int
     floor: int
@@ -57,7 +67,18 @@ class Pool:
 
     @property
     def bytes(self) -> int:
-        return self.slot_bytes * self.slots
+        return self.slot_bytes.high * self.slots
+
+    @property
+    def low_slots(self) -> int:
+        """The most low copies that fit."""
+        low = self.slot_bytes.low
+        return min(self.experts, self.bytes // low) if low else 0
+
+    @property
+    def beside_low(self) -> int:
+        """High copies that fit beside all low ones; below 0 if those do not fit."""
+        return (self.bytes - self.experts * self.slot_bytes.low) // self.slot_bytes.high
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,28 @@ class MemoryPlan:
     cache_bytes: int
     floor_bytes: int
     token_bytes: int
+    low_is_resident: bool = False
+
+    @property
+    def low_fits(self) -> bool:
+        """Whether all low copies can stay cached beside the high ones of one layer of a token."""
+        return all(pool.slot_bytes.low and pool.beside_low >= pool.floor for pool in self.pools)
+
+    @property
+    def low_resident_bytes(self) -> int:
+        """The smallest cap with which all low copies can stay cached."""
+        least = sum(
+            pool.experts * pool.slot_bytes.low + pool.floor * pool.slot_bytes.high
+            for pool in self.pools
+        )
+        return self.cap.bytes - self.spare_bytes - self.cache_bytes + least
+
+    def with_resident_low(self) -> MemoryPlan:
+        """Return the plan in which all low copies stay cached."""
+        high, experts = (sum(getattr(p, n) for p in self.pools) for n in ("beside_low", "experts"))
+        reason = f"all {experts} experts in low precision, {high} of them in high too"
+        lines = [replace(x, reason=reason) if x.name == "experts" else x for x in self.lines]
+        return replace(self, lines=tuple(lines), low_is_resident=True)
 
     @property
     def spare_bytes(self) -> int:
@@ -106,6 +149,7 @@ class MemoryPlan:
             "cache_bytes": self.cache_bytes,
             "floor_bytes": self.floor_bytes,
             "token_bytes": self.token_bytes,
+            "low_is_resident": self.low_is_resident,
         }
 
 
@@ -172,7 +216,7 @@ def plan(
     cap: Cap,
     layout: Layout,
     parts: Sequence[Line],
-    slot_bytes: Sequence[int] = (),
+    slot_bytes: Sequence[SlotBytes] = (),
     cache: int | Literal["floor"] | None = None,
 ) -> MemoryPlan:
     """Divide the cap between the fixed `parts` and the expert cache, or raise PlanError.
@@ -180,13 +224,14 @@ def plan(
     `slot_bytes` has one size per group of the layout (default: the size of its experts). `cache`
     replaces the size of the cache that the cap would allow.
     """
-    pools = _floor_pools(layout, slot_bytes or [group.expert_bytes for group in layout.groups])
+    bare = [SlotBytes(group.expert_bytes) for group in layout.groups]
+    pools = _floor_pools(layout, slot_bytes or bare)
     fixed = sum(part.bytes for part in parts)
     floor = sum(pool.bytes for pool in pools)
     if cache is None:
         budget = cap.bytes - fixed
     else:
-        everything = sum(pool.slot_bytes * pool.experts for pool in pools)
+        everything = sum(pool.slot_bytes.high * pool.experts for pool in pools)
         budget = floor if cache == "floor" else min(cache, everything)
         if budget < floor:
             raise PlanError(f"a cache of {cache} bytes is below the floor, {floor}", floor)
@@ -205,13 +250,13 @@ def plan(
         mode="resident" if not pools else "resident-experts" if full else "streamed",
         cache_bytes=cached,
         floor_bytes=fixed + floor,
-        token_bytes=sum(pool.slot_bytes * pool.floor * len(pool.groups) for pool in pools),
+        token_bytes=sum(pool.slot_bytes.high * pool.floor * len(pool.groups) for pool in pools),
     )
 
 
-def _floor_pools(layout: Layout, slot_bytes: Sequence[int]) -> tuple[Pool, ...]:
+def _floor_pools(layout: Layout, slot_bytes: Sequence[SlotBytes]) -> tuple[Pool, ...]:
     """Make one pool per slot size, with just the slots that one token needs in one layer."""
-    sizes: dict[int, list[int]] = {}
+    sizes: dict[SlotBytes, list[int]] = {}
     for group, size in zip(layout.groups, slot_bytes, strict=True):
         sizes.setdefault(size, []).append(group.index)
     pools = []
@@ -230,19 +275,19 @@ def _fill(pools: Sequence[Pool], budget: int) -> tuple[Pool, ...]:
     def give(index: int, share: int) -> int:
         """Give slots worth at most `share` bytes; return the bytes given."""
         pool = pools[index]
-        more = min(share // pool.slot_bytes, pool.experts - slots[index])
+        more = min(share // pool.slot_bytes.high, pool.experts - slots[index])
         slots[index] += more
-        return more * pool.slot_bytes
+        return more * pool.slot_bytes.high
 
     given = 1
     while given:
         # A pool that is full leaves its share to the others in the next round.
         open_pools = [i for i, pool in enumerate(pools) if slots[i] < pool.experts]
-        weight = sum(pools[i].slot_bytes * pools[i].experts for i in open_pools)
-        shares = [left * pools[i].slot_bytes * pools[i].experts // weight for i in open_pools]
+        weight = sum(pools[i].slot_bytes.high * pools[i].experts for i in open_pools)
+        shares = [left * pools[i].slot_bytes.high * pools[i].experts // weight for i in open_pools]
         given = sum(give(i, share) for i, share in zip(open_pools, shares, strict=True))
         left -= given
-    for index in sorted(range(len(pools)), key=lambda i: -pools[i].slot_bytes):
+    for index in sorted(range(len(pools)), key=lambda i: -pools[i].slot_bytes.high):
         left -= give(index, left)
     return tuple(
         Pool(pool.slot_bytes, n, pool.experts, pool.floor, pool.groups)
@@ -254,7 +299,8 @@ def _cache_reason(pools: Sequence[Pool]) -> str:
     slots, experts = sum(p.slots for p in pools), sum(p.experts for p in pools)
     if slots == experts:
         return f"all {experts} experts"
-    return f"{slots} of {experts} experts ({100 * slots / experts:.0f} %)"
+    mixed = ", more where they are in low precision" if any(p.low_slots for p in pools) else ""
+    return f"{slots} of {experts} experts ({100 * slots / experts:.0f} %){mixed}"
 
 
 def _too_small(cap: Cap, lines: Sequence[Line]) -> PlanError:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .cpus import physical_cores
 from .errors import UsageError
 from .generate import Sampling, parsed_grammar
 from .gguf_file import padded
+from .quality import Quality, choose
+
+if TYPE_CHECKING:
+    from .layout import Layout
 
 DEMO = "demo"
 DEMO_PROMPT = "Explain in a few sentences why the sky is blue."
 DEMO_TOKENS = 256
 DEFAULT_CONTEXT = 4096
+# For multiple-choice questions, most of which are short.
+TASK_CONTEXT = 1024
 # ggml's GGML_MAX_N_THREADS.
 MAX_THREADS = 512
 # llama.cpp takes 32 bits, of which the largest number means a random seed.
@@ -71,6 +78,14 @@ class Options:
     grammar_file: Path | None = None
     json_schema: str | None = None
     json_schema_file: Path | None = None
+    quality: str = "exact"
+    t1: float | None = None
+    t2: float | None = None
+    deterministic: bool = False
+    low_file: Path | None = None
+    resident_low: str = "auto"
+    record: Path | None = None
+    replay: Path | None = None
     memory: str = "auto"
     io: str = "auto"
     io_threads: int = 0
@@ -81,7 +96,7 @@ class Options:
     color: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("flash_attn", "io", "color", "cache_type_k", "cache_type_v"):
+        for name in _CHOICES:
             allowed, value = _CHOICES[name], getattr(self, name)
             if value not in allowed:
                 flag = name.replace("_", "-")
@@ -91,6 +106,8 @@ class Options:
                 raise UsageError(f"{flag} {count}: must be at most {MAX_THREADS}")
         if self.predict is not None and self.predict < -2:
             raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
+        if self.record and self.replay:
+            raise UsageError("--record and --replay: a run does one of the two")
         if not -1 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: must be -1 (random), or from 0 to {MAX_SEED}")
         _gpu_layers(self.gpu_layers)
@@ -130,10 +147,67 @@ class Options:
         return plain
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """One value for each flag of `hobbit eval`, by the name of its parameter."""
+
+    model: str | None = None
+    file: Path | None = None
+    tokens: int = 1536
+    window: int = 256
+    mode: tuple[str, ...] = ()
+    t1: float | None = None
+    t2: float | None = None
+    deterministic: bool = False
+    low: Path | None = None
+    tasks: tuple[Path, ...] = ()
+    max_kld: float | None = None
+    plot: Path | None = None
+    ctx_size: int | None = None
+    threads: int | None = None
+    memory: str = "auto"
+    json_output: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tokens and not self.tasks:
+            raise UsageError("--tokens 0 measures nothing without --tasks")
+        if self.ctx_size is not None and self.tokens and self.ctx_size < self.window:
+            raise UsageError(f"-c {self.ctx_size}: a window of {self.window} tokens does not fit")
+
+    @property
+    def has_thresholds(self) -> bool:
+        return (self.t1, self.t2) != (None, None)
+
+    def loading(self) -> Options:
+        """Return how the model is loaded: no larger context than is needed."""
+        needed = max(self.window if self.tokens else 0, TASK_CONTEXT if self.tasks else 0)
+        return Options(
+            model=self.model,
+            ctx_size=self.ctx_size or needed,
+            threads=self.threads,
+            memory=self.memory,
+        )
+
+    def facts(self, model: Path, text: str) -> dict[str, Any]:
+        """Return what was measured, as plain data."""
+        return {
+            "model": str(model),
+            "low": None,
+            "text": str(self.file) if self.file else "built-in",
+            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokens": self.tokens,
+            "window": self.window,
+            "deterministic": self.deterministic,
+            "max_kld": self.max_kld,
+        }
+
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "flash_attn": ("auto", "on", "off"),
     "io": ("auto", "direct", "buffered"),
     "color": ("auto", "always", "never"),
+    "resident_low": ("auto", "on", "off"),
     "cache_type_k": tuple(KV_TYPES),
     "cache_type_v": tuple(KV_TYPES),
 }
@@ -202,6 +276,19 @@ def sampling(options: Options, metadata: Callable[[str, Any], Any], grammar: str
     )
 
 
+def chosen_quality(options: Options, layout: Layout) -> Quality:
+    """Return what -Q, --t1 and --t2 come to for this model."""
+    low = options.low_file.expanduser() if options.low_file else None
+    return choose(
+        layout,
+        options.quality,
+        low,
+        t1=options.t1,
+        t2=options.t2,
+        deterministic=options.deterministic,
+    )
+
+
 def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
     """Turn flags into the keyword arguments of `hobbit.Llama`."""
     context = options.ctx_size
@@ -219,6 +306,7 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
         "memory": options.memory,
         "io": options.io,
         "io_threads": options.io_threads,
+        "resident_low": options.resident_low,
         "verbose": options.verbose > 1,
     }
     # llama.cpp needs flash attention for a quantised V cache.

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from .sizes import format_size
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .layout import Layout
     from .low_writer import Written
     from .memory import MemoryPlan
+    from .quality import Quality
+    from .stats import Stats
     from .verify import VerifyRow
 
 _GIB = 1 << 30
@@ -95,15 +98,20 @@ class _SlowLines:
 
 
 _MODES = {
-    "streamed": "streamed, exact",
-    "resident-experts": "all experts fit in the cache, exact",
+    "streamed": "streamed",
+    "resident-experts": "all experts fit in the cache",
     "resident": "resident (nothing to stream: plain llama.cpp)",
 }
 
 
-def mode_line(plan: MemoryPlan) -> str:
-    """Say how the model runs and what the memory is for."""
-    return f"mode: {_MODES[plan.mode]}   memory {memory_split(plan)}"
+def mode_line(plan: MemoryPlan, quality: Quality) -> str:
+    """Say how the model runs, how exactly, and what the memory is for."""
+    mode = _MODES[plan.mode]
+    if plan.mode != "resident":
+        mode += f", {quality.label}"
+    if plan.low_is_resident:
+        mode += ", all low copies resident"
+    return f"mode: {mode}   memory {memory_split(plan)}"
 
 
 def cap_lines(plan: MemoryPlan) -> list[str]:
@@ -189,7 +197,7 @@ def resident_lines(layout: Layout) -> list[str]:
     ]
 
 
-def stats_line(result: Result) -> str:
+def stats_line(result: Result, quality: Quality) -> str:
     """Return the line that ends every run."""
     stats = result.stats
     prompt = f"{stats.tokens_prompt} tok prompt, {_rate(stats.prompt_tok_s)} tok/s"
@@ -202,13 +210,22 @@ def stats_line(result: Result) -> str:
         parts.append("resident")
     else:
         decode = result.decode if result.decode.hits + result.decode.misses else stats
-        parts.append("exact")
+        parts.append(quality.name)
+        if decode.pairs_low or decode.pairs_skip:
+            parts.append(_shares(decode))
         parts.append(f"hit {100 * decode.hit_rate:.0f} %")
         parts.append(f"{decode.mib_per_token:.0f} MiB/tok")
         parts.append(f"stall {100 * decode.stall_share:.0f} %")
     if result.finish_reason == "cancelled":
         parts.append("cancelled")
     return f"[{' | '.join(parts)}]"
+
+
+def _shares(stats: Stats) -> str:
+    """Return what share of the experts had which precision."""
+    names = {"high": stats.pairs_high, "low": stats.pairs_low, "skip": stats.pairs_skip}
+    total = sum(names.values())
+    return " ".join(f"{name} {100 * pairs / total:.0f} %" for name, pairs in names.items() if pairs)
 
 
 def _rate(value: float) -> str:
@@ -247,6 +264,7 @@ def verbose_lines(result: Result, load_s: float) -> list[str]:
 def run_report(
     result: Result,
     plan: MemoryPlan,
+    quality: Quality,
     config: dict[str, Any],
     load_s: float,
 ) -> dict[str, Any]:
@@ -282,6 +300,20 @@ def run_report(
             "stall_s": stats.stall_s,
             "stall_share": stats.stall_share,
             "io": stats.io,
+            "bytes_read_low": stats.read_low_bytes,
+            "pairs_high": stats.pairs_high,
+            "pairs_low": stats.pairs_low,
+            "pairs_skip": stats.pairs_skip,
+            "scored": stats.scored,
+            "unscored": stats.unscored,
+            "promotions": stats.promotions,
+            "stand_ins": stats.stand_ins,
+        },
+        "quality": {
+            "name": quality.name,
+            "rule": asdict(quality.rule),
+            "kl": quality.point.kl if quality.point else None,
+            "low_file": str(quality.low.gguf.parts[0].path) if quality.low else None,
         },
         "mode": plan.mode,
         "config": config,

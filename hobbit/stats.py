@@ -14,6 +14,14 @@ _COUNTERS = (
     "misses",
     "evictions",
     "read_bytes",
+    "read_low_bytes",
+    "pairs_high",
+    "pairs_low",
+    "pairs_skip",
+    "scored",
+    "unscored",
+    "promotions",
+    "stand_ins",
     "stall_s",
     "moe_s",
 )
@@ -23,6 +31,10 @@ _COUNTERS = (
 class Stats:
     """Counters of a run; a hit or miss is one expert of one layer asked for once.
 
+    `pairs_*` are (token, expert) pairs by the precision they were computed in. `scored` are the
+    pairs that were scored, `unscored` those that had to be high because the gate weights of their
+    layer are not seen. `promotions` are high copies read although a low one was cached, `stand_ins`
+    experts that got a resident low copy though they needed a high one.
     `stall_s` is the time in which computing waited for a read, `moe_s` all time in the experts.
     """
 
@@ -35,6 +47,14 @@ class Stats:
     misses: int = 0
     evictions: int = 0
     read_bytes: int = 0
+    read_low_bytes: int = 0
+    pairs_high: int = 0
+    pairs_low: int = 0
+    pairs_skip: int = 0
+    scored: int = 0
+    unscored: int = 0
+    promotions: int = 0
+    stand_ins: int = 0
     stall_s: float = 0.0
     moe_s: float = 0.0
     io: str = ""

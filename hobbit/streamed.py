@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 
 from . import _log, _native
 from ._native import CancelFlag, check, error_buffer, ffi, lib
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
-from .memory import Pool
+from .memory import Pool, SlotBytes
+from .rule import Rule
 
 Io = Literal["auto", "direct", "buffered"]
 
@@ -26,6 +30,14 @@ _SOURCE: dict[str, int] = {
     "memory": lib.HOBBIT_SOURCE_MEMORY,
     "hole": lib.HOBBIT_SOURCE_HOLE,
 }
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """Of one expert tensor: sums of squared inputs [n_expert, ne0], and rows summed [n_expert]."""
+
+    squares: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -88,22 +100,28 @@ class StreamedModel:
             keep.append(ffi.from_buffer(value or b""))
             return keep[-1] if value else ffi.NULL
 
-        matrices = [matrix for group in layout.groups for matrix in group.matrices]
+        high = [matrix for group in layout.groups for matrix in group.matrices]
+        parts, matrices = [*layout.gguf.parts], [(m, lib.HOBBIT_HIGH, m.part) for m in high]
+        if layout.low:
+            low = [matrix for group in layout.low.groups for matrix in group.matrices]
+            matrices += [(m, lib.HOBBIT_LOW, len(parts) + m.part) for m in low]
+            parts += layout.low.gguf.parts
         lists: dict[str, Sequence[dict[str, Any]]] = {
-            "files": [{"path": text(str(p.path)), "size": p.size} for p in layout.gguf.parts],
+            "files": [{"path": text(str(p.path)), "size": p.size} for p in parts],
             "groups": [{"layer": g.layer, "n_expert": g.n_expert} for g in layout.groups],
             "matrices": [
                 {
                     "name": text(m.name),
                     "group": m.group,
-                    "file": m.part,
+                    "precision": precision,
+                    "file": file,
                     "type": m.type,
                     "ne0": m.ne0,
                     "ne1": m.ne1,
                     "offset": m.offset,
                     "expert_bytes": m.expert_bytes,
                 }
-                for m in matrices
+                for m, precision, file in matrices
             ],
             "extents": [
                 {
@@ -128,9 +146,13 @@ class StreamedModel:
         check(lib.hobbit_model_open(options, out, error, len(error)), error)
         return out[0]
 
-    def slot_bytes(self) -> list[int]:
-        """Bytes of one arena slot, for each group of the layout."""
-        return [lib.hobbit_model_slot_bytes(self._handle, g.index) for g in self.layout.groups]
+    def slot_bytes(self) -> list[SlotBytes]:
+        """Bytes of one arena slot, for a high and for a low copy (0: none) of each group."""
+        both = (lib.HOBBIT_HIGH, lib.HOBBIT_LOW)
+        return [
+            SlotBytes(*(lib.hobbit_model_slot_bytes(self._handle, g.index, p) for p in both))
+            for g in self.layout.groups
+        ]
 
     def allocate(self, pools: Sequence[Pool]) -> None:
         """Reserve the expert cache."""
@@ -138,7 +160,14 @@ class StreamedModel:
         for index, pool in enumerate(pools):
             for group in pool.groups:
                 pool_of_group[group] = index
-        sizes = [{"n_slots": pool.slots, "slot_bytes": pool.slot_bytes} for pool in pools]
+        sizes = [
+            {
+                "bytes": pool.bytes,
+                "slot_bytes": [*pool.slot_bytes],
+                "n_slots": [pool.slots, pool.low_slots],
+            }
+            for pool in pools
+        ]
         error = error_buffer()
         status = lib.hobbit_model_allocate(
             self._handle,
@@ -181,6 +210,80 @@ class StreamedModel:
             params.tensor_buft_overrides = None
         lib.hobbit_buffer_type_loaded(self._buffer_type)
         return model
+
+    def set_rule(self, rule: Rule) -> None:
+        """Put a rule in force from the next layer on."""
+        t1, t2 = rule.thresholds(len(self.layout.groups))
+        keep = [ffi.new("float[]", values) for values in (t1, t2)]
+        native = {
+            "t1": keep[0],
+            "t2": keep[1],
+            "deterministic": rule.deterministic,
+            "renormalise": rule.renormalise,
+            "per_token": rule.per_token,
+            "substitute": rule.substitute,
+            "experts": rule.experts,
+        }
+        error = error_buffer()
+        made_rule = ffi.new("struct hobbit_rule *", native)
+        check(lib.hobbit_model_set_rule(self._handle, made_rule, error, len(error)), error)
+
+    def forget(self) -> None:
+        """Drop every cached copy."""
+        lib.hobbit_model_forget(self._handle)
+
+    def keep_low(self) -> None:
+        """Read every low copy and keep it: misses then need not be waited for."""
+        error = error_buffer()
+        check(lib.hobbit_model_keep_low(self._handle, error, len(error)), error)
+
+    @contextmanager
+    def schedule(self, path: str, note: str | None = None) -> Iterator[None]:
+        """Record which precision each expert gets, with a note, or without one replay it."""
+        error, name = error_buffer(), path.encode()
+        if note is None:
+            status = lib.hobbit_model_replay(self._handle, name, error, len(error))
+        else:
+            status = lib.hobbit_model_record(self._handle, name, note.encode(), error, len(error))
+        check(status, error)
+        try:
+            yield
+        finally:
+            check(lib.hobbit_model_schedule_end(self._handle, error, len(error)), error)
+
+    @contextmanager
+    def observe(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Count the scores of pairs, those above 0, into bins: [n_groups, bins over 0..1]."""
+        counts = np.zeros((len(self.layout.groups), lib.HOBBIT_SCORE_BINS), dtype=np.int64)
+        lib.hobbit_model_observe(self._handle, ffi.cast("int64_t *", ffi.from_buffer(counts)))
+        try:
+            yield counts
+        finally:
+            lib.hobbit_model_observe(self._handle, ffi.NULL)
+
+    @contextmanager
+    def collect(self) -> Iterator[dict[str, ExpertInputs]]:
+        """Sum the squares of what enters each expert matrix, by tensor name."""
+        high = [matrix for group in self.layout.groups for matrix in group.matrices]
+        inputs = {
+            m.name: ExpertInputs(
+                np.zeros((m.n_expert, m.ne0), dtype=np.float32),
+                np.zeros(m.n_expert, dtype=np.int64),
+            )
+            for m in high
+        }
+        sums, counts = (
+            ffi.new(f"{kind} *[]", [ffi.cast(f"{kind} *", ffi.from_buffer(a)) for a in arrays])
+            for kind, arrays in (
+                ("float", [i.squares for i in inputs.values()]),
+                ("int64_t", [i.rows for i in inputs.values()]),
+            )
+        )
+        lib.hobbit_model_collect(self._handle, sums, counts)
+        try:
+            yield inputs
+        finally:
+            lib.hobbit_model_collect(self._handle, ffi.NULL, ffi.NULL)
 
     def take_error(self) -> str:
         """The last failed read as a sentence, once; empty when there was none."""

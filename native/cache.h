@@ -1,5 +1,8 @@
-/* Which expert is in which slot. Slots of equal size form a pool; an expert belongs to one pool. The cache knows
- * numbers only: it never touches the slots' memory and does no I/O.
+/* Which copy of an expert is in which slot. An expert has a high copy and perhaps a low one, and each is cached by
+ * itself. A pool has a bank of equal slots for each precision; the two banks share the pool's bytes: a slot takes its
+ * bytes when it is filled and gives them back when it is emptied, so the mixture follows from what is asked for. A
+ * copy of either kind costs its bytes to read again, so that the same order of eviction is right for both. The cache
+ * knows numbers only: it never touches the slots' memory and does no I/O.
  *
  * A slot is FREE, LOADING (claimed, its bytes are the reader's) or READY. A pinned slot is never evicted; a
  * LOADING slot counts as pinned. Not thread-safe: the model's lock covers it.
@@ -10,38 +13,59 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "hobbit.h"
 #include "policy.h"
+
+/* One copy of one expert. */
+struct hb_key {
+    int32_t group, expert, precision;
+};
 
 enum hb_slot_state { HB_SLOT_FREE, HB_SLOT_LOADING, HB_SLOT_READY };
 
 struct hb_slot {
     enum hb_slot_state state;
     bool pinned;
-    int32_t group, expert; /* valid unless FREE */
+    bool kept; /* never evicted */
+    struct hb_key key; /* valid unless FREE */
     struct hb_usage usage;
 };
 
 struct hb_cache;
 
-/* Pools of slots_of_pool[] slots; group g has experts_of_group[g] experts that live in pool_of_group[g].
- * NULL when memory is short. */
-struct hb_cache *hb_cache_new(int32_t n_pools, const int32_t *slots_of_pool, int32_t n_groups,
-                              const int32_t *experts_of_group, const int32_t *pool_of_group);
+/* Called when the bytes of a slot are given back: its memory may go. */
+typedef void hb_cache_emptied(void *context, int32_t pool, int32_t precision, int32_t slot);
+
+/* Group g has experts_of_group[g] experts that live in pool_of_group[g]. NULL when memory is short. */
+struct hb_cache *hb_cache_new(int32_t n_pools, const struct hobbit_pool *pools, int32_t n_groups,
+                              const int32_t *experts_of_group, const int32_t *pool_of_group,
+                              hb_cache_emptied *emptied, void *context);
 void hb_cache_free(struct hb_cache *cache); /* NULL is fine */
 
-/* The slot (numbered within its pool) that holds the expert in READY state, or -1. A hit is a use. */
-int32_t hb_cache_find(struct hb_cache *cache, int32_t group, int32_t expert);
-/* A slot for an expert that is not cached, LOADING from now on; evicts. -1 when every slot is pinned. */
-int32_t hb_cache_claim(struct hb_cache *cache, int32_t group, int32_t expert);
-void hb_cache_loaded(struct hb_cache *cache, int32_t group, int32_t expert); /* LOADING -> READY, stays pinned */
-void hb_cache_failed(struct hb_cache *cache, int32_t group, int32_t expert); /* LOADING -> FREE */
-void hb_cache_pin(struct hb_cache *cache, int32_t group, int32_t expert, bool pinned);
+/* The slot (numbered within its bank) that holds the copy in READY state, or -1. */
+int32_t hb_cache_peek(const struct hb_cache *cache, struct hb_key key);
+/* The slot of the copy, LOADING or READY, or -1. */
+int32_t hb_cache_slot(const struct hb_cache *cache, struct hb_key key);
+/* Whether a claim would evict nothing. */
+bool hb_cache_has_room(const struct hb_cache *cache, struct hb_key key);
+/* As hb_cache_peek, and a hit is a use. */
+int32_t hb_cache_find(struct hb_cache *cache, struct hb_key key);
+/* A slot for a copy that is not cached, LOADING from now on; evicts. -1 when what is not pinned has too few bytes. */
+int32_t hb_cache_claim(struct hb_cache *cache, struct hb_key key);
+void hb_cache_loaded(struct hb_cache *cache, struct hb_key key); /* LOADING -> READY, stays pinned */
+/* A LOADING or READY copy is given up, pinned or not. */
+void hb_cache_drop(struct hb_cache *cache, struct hb_key key);
+/* Give up every READY copy that is not pinned. */
+void hb_cache_forget(struct hb_cache *cache);
+void hb_cache_pin(struct hb_cache *cache, struct hb_key key, bool pinned);
+void hb_cache_keep(struct hb_cache *cache, struct hb_key key); /* from now on never evicted or forgotten */
 
-/* In a pool with a slot for every expert, expert e of the group always lives in slot home + e; -1 elsewhere. */
+/* In a pool with a slot for the high copy of every expert, that of expert e always lives in slot home + e; -1
+ * elsewhere. */
 int32_t hb_cache_home(const struct hb_cache *cache, int32_t group);
 
-int32_t hb_cache_n_slots(const struct hb_cache *cache, int32_t pool);
 int32_t hb_cache_n_ready(const struct hb_cache *cache);
+uint64_t hb_cache_used(const struct hb_cache *cache, int32_t pool); /* bytes */
 uint64_t hb_cache_evictions(const struct hb_cache *cache);
 bool hb_cache_is_valid(const struct hb_cache *cache); /* the invariants hold; for tests */
 

@@ -65,14 +65,28 @@ static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_o
 
 /* Lay the matrix out in its group's slot so that a direct read of any expert can write in place: file offset and
  * slot offset agree modulo the file's alignment, with room for the aligned superset. */
-static void place(struct hb_group *group, struct hb_matrix *m, const struct hb_file *file) {
+static void place(struct hb_copy *copy, struct hb_matrix *m, const struct hb_file *file) {
     uint64_t align = file->align > MATRIX_ALIGN ? file->align : MATRIX_ALIGN;
     m->bounce = file->direct && m->expert_bytes % file->align != 0;
     uint64_t lead = m->bounce ? 0 : m->offset % file->align;
-    m->slot_offset = round_up(group->slot_bytes, align) + lead;
-    group->slot_bytes = round_up(m->slot_offset + m->expert_bytes, align);
-    group->expert_bytes += m->expert_bytes;
-    group->matrices[group->n_matrices++] = m;
+    m->slot_offset = round_up(copy->slot_bytes, align) + lead;
+    copy->slot_bytes = round_up(m->slot_offset + m->expert_bytes, align);
+    copy->expert_bytes += m->expert_bytes;
+    m->role = copy->n_matrices;
+    copy->matrices[copy->n_matrices++] = m;
+}
+
+/* A low matrix follows its high one: same name, same shape, same place in the order. */
+static bool belongs(const struct hb_group *g, const struct hobbit_matrix *m) {
+    if (m->precision == HOBBIT_HIGH) {
+        return g->copies[HOBBIT_LOW].n_matrices == 0 && g->copies[HOBBIT_HIGH].n_matrices < HB_GROUP_MATRICES;
+    }
+    int32_t role = m->precision == HOBBIT_LOW ? g->copies[HOBBIT_LOW].n_matrices : HB_GROUP_MATRICES;
+    if (role >= g->copies[HOBBIT_HIGH].n_matrices) {
+        return false;
+    }
+    const struct hb_matrix *high = g->copies[HOBBIT_HIGH].matrices[role];
+    return strcmp(high->name, m->name) == 0 && high->ne0 == m->ne0 && high->ne1 == m->ne1;
 }
 
 static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit_options *o, char *err,
@@ -85,26 +99,31 @@ static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit
         const struct hobbit_matrix *from = &o->matrices[c->n_matrices];
         struct hb_matrix *m = &c->matrices[c->n_matrices];
         if (from->group < 0 || from->group >= c->n_groups || from->file < 0 || from->file >= c->n_files ||
-            c->groups[from->group].n_matrices == HB_GROUP_MATRICES ||
+            !belongs(&c->groups[from->group], from) ||
             !within_file(from, c->groups[from->group].n_expert, o->files[from->file].size)) {
             snprintf(err, err_len, "tensor %s does not lie within its file and layer", from->name);
             return HOBBIT_FORMAT;
         }
-        *m = (struct hb_matrix) {.name = strdup(from->name), .group = from->group, .file = from->file,
-                                 .type = from->type, .ne0 = from->ne0, .ne1 = from->ne1, .offset = from->offset,
-                                 .expert_bytes = from->expert_bytes};
+        *m = (struct hb_matrix) {.name = strdup(from->name), .group = from->group, .precision = from->precision,
+                                 .file = from->file, .type = from->type, .ne0 = from->ne0, .ne1 = from->ne1,
+                                 .offset = from->offset, .expert_bytes = from->expert_bytes};
         if (m->name == NULL) {
             return HOBBIT_NOMEM;
         }
-        place(&c->groups[m->group], m, &c->files[m->file]);
+        place(&c->groups[m->group].copies[m->precision], m, &c->files[m->file]);
     }
     for (int32_t g = 0; g < c->n_groups; g++) {
-        if (c->groups[g].n_matrices == 0) {
-            snprintf(err, err_len, "the experts of layer %d have no matrices", c->groups[g].layer);
+        struct hb_copy *copies = c->groups[g].copies;
+        int32_t n_high = copies[HOBBIT_HIGH].n_matrices, n_low = copies[HOBBIT_LOW].n_matrices;
+        if (n_high == 0 || (n_low != 0 && n_low != n_high)) {
+            snprintf(err, err_len, "the experts of layer %d have %d matrices, and %d of low precision",
+                     c->groups[g].layer, n_high, n_low);
             return HOBBIT_FORMAT;
         }
-        /* Slots begin on pages, so that every offset above keeps its alignment in the arena. */
-        c->groups[g].slot_bytes = round_up(c->groups[g].slot_bytes, HB_PAGE);
+        for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+            /* Slots begin on pages, so that every offset above keeps its alignment in the arena. */
+            copies[p].slot_bytes = round_up(copies[p].slot_bytes, HB_PAGE);
+        }
     }
     return HOBBIT_OK;
 }
@@ -141,7 +160,7 @@ void hb_catalog_close(struct hb_catalog *c) {
 
 const struct hb_matrix *hb_catalog_find(const struct hb_catalog *c, const char *name) {
     for (int32_t i = 0; i < c->n_matrices; i++) {
-        if (strcmp(c->matrices[i].name, name) == 0) {
+        if (c->matrices[i].precision == HOBBIT_HIGH && strcmp(c->matrices[i].name, name) == 0) {
             return &c->matrices[i];
         }
     }

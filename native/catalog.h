@@ -13,7 +13,8 @@
 
 struct hb_matrix {
     char *name;
-    int32_t group, file, type;
+    int32_t group, precision, role; /* groups[group].copies[precision].matrices[role] is this one */
+    int32_t file, type;
     int64_t ne0, ne1;
     uint64_t offset;       /* of expert 0 in the file */
     uint64_t expert_bytes; /* also the distance between experts in the file */
@@ -21,12 +22,17 @@ struct hb_matrix {
     bool bounce;           /* the distance between experts breaks the file's alignment */
 };
 
-struct hb_group {
-    int32_t layer, n_expert;
-    int32_t n_matrices;
+/* The matrices of one precision. */
+struct hb_copy {
+    int32_t n_matrices; /* 0: the group has no low copies */
     struct hb_matrix *matrices[HB_GROUP_MATRICES];
     uint64_t expert_bytes; /* of all matrices */
     uint64_t slot_bytes;   /* expert_bytes plus padding */
+};
+
+struct hb_group {
+    int32_t layer, n_expert;
+    struct hb_copy copies[HOBBIT_PRECISIONS];
 };
 
 struct hb_catalog {
@@ -41,7 +47,7 @@ struct hb_catalog {
 enum hobbit_status hb_catalog_open(struct hb_catalog *catalog, const struct hobbit_options *options, char *err,
                                    size_t err_len);
 void hb_catalog_close(struct hb_catalog *catalog);
-/* NULL when no matrix has that name. */
+/* The high matrix of that name, or NULL. */
 const struct hb_matrix *hb_catalog_find(const struct hb_catalog *catalog, const char *name);
 
 #endif

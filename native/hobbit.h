@@ -38,6 +38,16 @@ enum hobbit_io {
     HOBBIT_IO_BUFFERED = 2,
 };
 
+/* Of a copy of an expert, and what a (token, expert) pair needs. */
+enum hobbit_precision {
+    HOBBIT_HIGH       = 0, /* the model's own bytes */
+    HOBBIT_LOW        = 1, /* fewer bits, from another file */
+    HOBBIT_SKIP       = 2, /* not computed: the expert adds nothing */
+    HOBBIT_PRECISIONS = 2, /* kinds of copies */
+};
+
+enum { HOBBIT_SCORE_BINS = 1000 };
+
 enum hobbit_source {
     HOBBIT_SOURCE_FILE   = 0,
     HOBBIT_SOURCE_MEMORY = 1,
@@ -49,10 +59,12 @@ struct hobbit_file {
     uint64_t size; /* bytes */
 };
 
-/* One expert matrix stack: n_expert matrices of ne0 x ne1, `expert_bytes` apart in the file. */
+/* One expert matrix stack: n_expert matrices of ne0 x ne1, `expert_bytes` apart in the file. A group has low copies
+ * of all its matrices or of none; a low matrix has the name and the shape of its high one, and comes after it. */
 struct hobbit_matrix {
     const char *name; /* the tensor's name in llama.cpp */
     int32_t group;
+    int32_t precision; /* HOBBIT_HIGH or HOBBIT_LOW */
     int32_t file;
     int32_t type; /* enum ggml_type */
     int64_t ne0, ne1;
@@ -60,7 +72,7 @@ struct hobbit_matrix {
     uint64_t expert_bytes;
 };
 
-/* What is cached as a unit: all matrices of one expert of one layer. */
+/* What is cached as a unit: all matrices of one expert of one layer, in one precision. */
 struct hobbit_group {
     int32_t layer;
     int32_t n_expert;
@@ -86,15 +98,34 @@ struct hobbit_options {
     const int32_t *cancelled; /* while it is not 0, computations stop; outlives the model. NULL: never */
 };
 
+/* Memory for cached copies of the groups that use it. High and low copies share `bytes`, whatever the mixture. */
 struct hobbit_pool {
-    int32_t n_slots;
-    uint64_t slot_bytes; /* at least hobbit_model_slot_bytes of each of its groups */
+    uint64_t bytes;
+    uint64_t slot_bytes[2]; /* by precision: at least hobbit_model_slot_bytes of each of its groups */
+    int32_t n_slots[2];     /* by precision: the most copies that are cached at a time; 0 low ones: none ever */
+};
+
+/* Which precision a (token, expert) pair needs. Its score s is the sum of the token's larger gate weights, of all
+ * its gate weights scaled to sum 1: 0 for the most important expert (HOBBIT, arXiv 2411.01433, section 3.2).
+ * s <= t1: high; s <= t2: low; else skip. In a ubatch an expert gets the strongest need of its tokens. */
+struct hobbit_rule {
+    const float *t1, *t2;  /* one a group, t1 <= t2; copied. NULL: no scoring, everything is high */
+    int32_t deterministic; /* the need decides alone; else a better copy that is cached is used */
+    int32_t renormalise;   /* after a skip, the token's other gate weights grow to the old sum */
+    int32_t experts;       /* a token's others are skipped; 0: all are used */
+    float substitute;      /* lambda of cache-aware routing, for comparisons; 0: off. See native/substitute.h */
+    int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */
 };
 
 struct hobbit_stats {
-    uint64_t hits, misses, evictions; /* expert look-ups: one per distinct expert, layer and ubatch */
+    uint64_t hits, misses, evictions; /* expert look-ups: one per distinct copy, layer and ubatch */
     uint64_t read_bytes;              /* bytes of expert data delivered, alignment padding excluded */
     uint64_t read_calls;
+    uint64_t read_low_bytes;                      /* of them, of low copies */
+    uint64_t pairs_high, pairs_low, pairs_skip;   /* (token, expert) pairs by the precision they got */
+    uint64_t scored, unscored;                    /* pairs with a score, and those whose gate weights are not seen */
+    uint64_t promotions;                          /* high copies read although a low one was cached */
+    uint64_t stand_ins;                           /* experts that needed high and got a low copy that is kept */
     uint64_t stall_ns;   /* the computation waited for reads */
     uint64_t compute_ns; /* inside the expert matrices */
     uint64_t splits;     /* graph pieces computed here */
@@ -123,10 +154,28 @@ int32_t hobbit_register(char *err, size_t err_len);
 int32_t hobbit_model_open(const struct hobbit_options *options, struct hobbit_model **out, char *err,
                           size_t err_len);
 /* Bytes one slot of this group takes in the arena, padding for direct I/O included. */
-uint64_t hobbit_model_slot_bytes(const struct hobbit_model *model, int32_t group);
+uint64_t hobbit_model_slot_bytes(const struct hobbit_model *model, int32_t group, int32_t precision);
 /* Reserve the arena. `pool_of_group` has one entry a group. */
 int32_t hobbit_model_allocate(struct hobbit_model *model, const struct hobbit_pool *pools, int32_t n_pools,
                               const int32_t *pool_of_group, char *err, size_t err_len);
+/* In force from the next layer on. HOBBIT_ARG: a threshold makes no sense, or asks for low copies that there are not. */
+int32_t hobbit_model_set_rule(struct hobbit_model *model, const struct hobbit_rule *rule, char *err, size_t err_len);
+/* Write to a file which precision each expert gets from now on, or take it from such a file in place of the rule: a
+ * replay then computes what the recorded run did. `note` is the caller's, at the head of the file. One at a time. */
+int32_t hobbit_model_record(struct hobbit_model *model, const char *path, const char *note, char *err, size_t err_len);
+int32_t hobbit_model_replay(struct hobbit_model *model, const char *path, char *err, size_t err_len);
+int32_t hobbit_model_schedule_end(struct hobbit_model *model, char *err, size_t err_len); /* nothing open is fine */
+/* Read every low copy and keep it from now on. Then no computation under a rule that is not deterministic waits for a
+ * read: where the high copy is missing the low one answers, and the high one is read in the background if it is asked
+ * for again before as many others were as there is room for. */
+int32_t hobbit_model_keep_low(struct hobbit_model *model, char *err, size_t err_len);
+/* Drop every cached copy that is not kept. */
+void hobbit_model_forget(struct hobbit_model *model);
+/* Count scores above 0 into [n_groups][HOBBIT_SCORE_BINS] from now on; the last bin holds 1. NULL ends it. */
+void hobbit_model_observe(struct hobbit_model *model, int64_t *histogram);
+/* Sum the squared inputs of expert matrices from now on, and count the rows: sums[m] is [n_expert][ne0] and counts[m]
+ * [n_expert] for high matrix m of the options; sums[m] may be NULL. Twice NULL ends it. */
+void hobbit_model_collect(struct hobbit_model *model, float *const *sums, int64_t *const *counts);
 /* A ggml_backend_buffer_type_t for the model's expert tensors; free it after the llama_model. NULL: no memory. */
 void *hobbit_buffer_type_new(struct hobbit_model *model);
 /* Call it when a llama_model has been loaded: gives its expert tensors their names back. */

@@ -6,19 +6,28 @@
 #include <string.h>
 
 #include "gguf_stream.h"
+#include "schedule.h"
 
 #define DEFAULT_IO_THREADS 4
 #define ERROR_BYTES 512
 
-/* The reading of one expert into one slot. */
+/* The reading of one copy into one slot. */
 struct load {
     struct hb_job job;
-    int32_t group, expert, slot;
+    struct hb_key key;
+    int32_t slot;
+    bool background; /* nobody waits for it */
+};
+
+struct bank {
+    struct hb_arena arena;
+    struct load *loads; /* one a slot, so that nothing is allocated while decoding */
 };
 
 struct pool {
-    struct hb_arena arena;
-    struct load *loads; /* one a slot, so that nothing is allocated while decoding */
+    void *space;
+    size_t space_bytes;
+    struct bank banks[HOBBIT_PRECISIONS];
 };
 
 struct hobbit_model {
@@ -30,8 +39,18 @@ struct hobbit_model {
     struct pool *pools;
     int32_t *pool_of_group;
     int32_t n_pools;
-    void *arena;
-    size_t arena_bytes;
+    uint64_t cache_bytes;
+    struct hb_rule rule;
+    struct range {
+        double sum;
+        uint64_t n;
+    } *ranges; /* one a group: of the router's logits */
+    struct hb_gathered gathered;
+    struct hb_schedule *schedule; /* recorded or replayed, or NULL */
+    bool low_kept;
+    uint64_t **asked_at; /* [group][expert], with low_kept: when a missing high copy was asked for last */
+    uint64_t asks;
+    int32_t in_background;
     pthread_mutex_t lock;       /* see model.h */
     pthread_mutex_t error_lock; /* guards `error` */
     char error[ERROR_BYTES];
@@ -101,44 +120,58 @@ int32_t hobbit_model_open(const struct hobbit_options *o, struct hobbit_model **
     return HOBBIT_OK;
 }
 
-uint64_t hobbit_model_slot_bytes(const struct hobbit_model *m, int32_t group) {
-    return m->catalog.groups[group].slot_bytes;
+uint64_t hobbit_model_slot_bytes(const struct hobbit_model *m, int32_t group, int32_t precision) {
+    return m->catalog.groups[group].copies[precision].slot_bytes;
+}
+
+/* A high copy of any of its experts has to fit, and what is cached has to stay within the bytes. */
+static bool pool_fits(const struct hobbit_pool *pool, uint64_t *total) {
+    uint64_t space;
+    bool good = pool->n_slots[HOBBIT_HIGH] > 0 && pool->n_slots[HOBBIT_LOW] >= 0 &&
+                pool->bytes >= pool->slot_bytes[HOBBIT_HIGH];
+    for (int32_t p = 0; good && p < HOBBIT_PRECISIONS; p++) {
+        good = pool->slot_bytes[p] % HB_PAGE == 0 &&
+               !__builtin_mul_overflow(pool->slot_bytes[p], (uint64_t) pool->n_slots[p], &space) &&
+               space <= pool->bytes;
+    }
+    return good && !__builtin_add_overflow(*total, pool->bytes, total) && *total <= SIZE_MAX / 4;
 }
 
 static bool pools_fit(const struct hobbit_model *m, const struct hobbit_pool *pools, int32_t n_pools,
                       const int32_t *pool_of_group) {
-    uint64_t total = 0, bytes;
-    for (int32_t p = 0; p < n_pools; p++) {
-        if (pools[p].n_slots < 1 ||
-            __builtin_mul_overflow(pools[p].slot_bytes, (uint64_t) pools[p].n_slots, &bytes) ||
-            __builtin_add_overflow(total, bytes, &total) || total > SIZE_MAX / 2) {
+    uint64_t total = 0;
+    for (int32_t i = 0; i < n_pools; i++) {
+        if (!pool_fits(&pools[i], &total)) {
             return false;
         }
     }
     for (int32_t g = 0; g < m->catalog.n_groups; g++) {
-        int32_t p = pool_of_group[g];
-        if (p < 0 || p >= n_pools || pools[p].slot_bytes % HB_PAGE != 0 ||
-            pools[p].slot_bytes < m->catalog.groups[g].slot_bytes) {
+        const struct hb_copy *copies = m->catalog.groups[g].copies;
+        int32_t i = pool_of_group[g];
+        if (i < 0 || i >= n_pools || pools[i].slot_bytes[HOBBIT_HIGH] < copies[HOBBIT_HIGH].slot_bytes ||
+            pools[i].slot_bytes[HOBBIT_LOW] < copies[HOBBIT_LOW].slot_bytes ||
+            (copies[HOBBIT_LOW].n_matrices > 0 && pools[i].n_slots[HOBBIT_LOW] < 1)) {
             return false;
         }
     }
     return true;
 }
 
+static void slot_emptied(void *context, int32_t pool, int32_t precision, int32_t slot) {
+    const struct hobbit_model *m = context;
+    struct hb_arena arena = m->pools[pool].banks[precision].arena;
+    hb_space_drop(arena.base + (uint64_t) slot * arena.slot_bytes, arena.slot_bytes);
+}
+
 static enum hobbit_status new_cache(struct hobbit_model *m, const struct hobbit_pool *pools) {
     int32_t n_groups = m->catalog.n_groups;
-    int32_t *slots = calloc((size_t) m->n_pools, sizeof *slots);
     int32_t *experts = calloc((size_t) n_groups, sizeof *experts);
-    if (slots != NULL && experts != NULL) {
-        for (int32_t p = 0; p < m->n_pools; p++) {
-            slots[p] = pools[p].n_slots;
-        }
+    if (experts != NULL) {
         for (int32_t g = 0; g < n_groups; g++) {
             experts[g] = m->catalog.groups[g].n_expert;
         }
-        m->cache = hb_cache_new(m->n_pools, slots, n_groups, experts, m->pool_of_group);
+        m->cache = hb_cache_new(m->n_pools, pools, n_groups, experts, m->pool_of_group, slot_emptied, m);
     }
-    free(slots);
     free(experts);
     return m->cache != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
 }
@@ -146,15 +179,40 @@ static enum hobbit_status new_cache(struct hobbit_model *m, const struct hobbit_
 static void release_arena(struct hobbit_model *m) {
     hb_cache_free(m->cache);
     m->cache = NULL;
-    for (int32_t p = 0; m->pools != NULL && p < m->n_pools; p++) {
-        free(m->pools[p].loads);
+    for (int32_t i = 0; m->pools != NULL && i < m->n_pools; i++) {
+        for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+            free(m->pools[i].banks[p].loads);
+        }
+        hb_space_release(m->pools[i].space, m->pools[i].space_bytes);
     }
     free(m->pools);
     m->pools = NULL;
     free(m->pool_of_group);
     m->pool_of_group = NULL;
-    hb_space_release(m->arena, m->arena_bytes);
-    m->arena = NULL;
+}
+
+/* Address space for both banks side by side: together they may be larger than the pool's bytes, which the cache keeps
+ * to. Where they share, a slot's memory must come and go by itself, and huge pages would keep it. */
+static bool new_pool(struct pool *pool, const struct hobbit_pool *size) {
+    bool shared = size->n_slots[HOBBIT_LOW] > 0;
+    for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+        pool->space_bytes += size->slot_bytes[p] * (uint64_t) size->n_slots[p];
+    }
+    if (hb_space_map(&pool->space, pool->space_bytes, !shared) != 0) {
+        pool->space = NULL;
+        return false;
+    }
+    char *base = pool->space;
+    for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+        struct bank *bank = &pool->banks[p];
+        bank->arena = (struct hb_arena) {base, size->slot_bytes[p], size->n_slots[p]};
+        base += size->slot_bytes[p] * (uint64_t) size->n_slots[p];
+        bank->loads = calloc((size_t) size->n_slots[p] + 1, sizeof *bank->loads);
+        if (bank->loads == NULL) {
+            return false;
+        }
+    }
+    return true;
 }
 
 int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *pools, int32_t n_pools,
@@ -168,36 +226,188 @@ int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *
     m->n_pools = n_pools;
     m->pools = calloc((size_t) n_pools, sizeof *m->pools);
     m->pool_of_group = malloc(groups_bytes);
-    if (m->pools == NULL || m->pool_of_group == NULL) {
-        goto err;
+    m->cache_bytes = 0;
+    bool good = m->pools != NULL && m->pool_of_group != NULL;
+    for (int32_t i = 0; good && i < n_pools; i++) {
+        m->cache_bytes += pools[i].bytes;
+        good = new_pool(&m->pools[i], &pools[i]);
     }
-    memcpy(m->pool_of_group, pool_of_group, groups_bytes);
-    m->arena_bytes = 0;
-    for (int32_t p = 0; p < n_pools; p++) {
-        m->arena_bytes += pools[p].slot_bytes * (uint64_t) pools[p].n_slots;
+    if (good) {
+        memcpy(m->pool_of_group, pool_of_group, groups_bytes);
+        status = new_cache(m, pools);
     }
-    for (int32_t p = 0; p < n_pools; p++) {
-        m->pools[p].loads = calloc((size_t) pools[p].n_slots, sizeof *m->pools[p].loads);
-        if (m->pools[p].loads == NULL) {
-            goto err;
+    if (status != HOBBIT_OK) {
+        release_arena(m);
+        snprintf(err, err_len, "no memory for an expert cache of %llu bytes", (unsigned long long) m->cache_bytes);
+    }
+    return status;
+}
+
+static bool thresholds_fit(const struct hobbit_model *m, const struct hobbit_rule *rule, char *err, size_t err_len) {
+    for (int32_t g = 0; g < m->catalog.n_groups; g++) {
+        float t1 = rule->t1[g], t2 = rule->t2[g];
+        if (!(t1 <= t2)) {
+            snprintf(err, err_len, "T1 is %g and T2 is %g: T1 must not be above T2", (double) t1, (double) t2);
+            return false;
+        }
+        bool never_low = t1 == t2 || t1 >= 1;
+        if (!never_low && m->catalog.groups[g].copies[HOBBIT_LOW].n_matrices == 0) {
+            snprintf(err, err_len, "the model was loaded without low-precision experts");
+            return false;
         }
     }
-    if (hb_space_map(&m->arena, m->arena_bytes) != 0) {
-        goto err;
+    return true;
+}
+
+int32_t hobbit_model_set_rule(struct hobbit_model *m, const struct hobbit_rule *rule, char *err, size_t err_len) {
+    bool active = rule->t1 != NULL && rule->t2 != NULL;
+    if (active && !thresholds_fit(m, rule, err, err_len)) {
+        return HOBBIT_ARG;
     }
-    char *base = m->arena;
-    for (int32_t p = 0; p < n_pools; p++) {
-        m->pools[p].arena = (struct hb_arena) {base, pools[p].slot_bytes, pools[p].n_slots};
-        base += pools[p].slot_bytes * (uint64_t) pools[p].n_slots;
+    size_t bytes = (size_t) m->catalog.n_groups * sizeof *rule->t1;
+    if (m->ranges == NULL) {
+        m->ranges = calloc((size_t) m->catalog.n_groups, sizeof *m->ranges);
     }
-    status = new_cache(m, pools);
-    if (status == HOBBIT_OK) {
-        return HOBBIT_OK;
+    if (m->ranges == NULL) {
+        snprintf(err, err_len, "out of memory");
+        return HOBBIT_NOMEM;
     }
-err:
-    release_arena(m);
-    snprintf(err, err_len, "no memory for an expert cache of %zu bytes", m->arena_bytes);
-    return status;
+    struct hb_rule new = {active, rule->deterministic != 0, rule->renormalise != 0,
+                          rule->per_token != 0 && rule->deterministic != 0, rule->experts, rule->substitute,
+                          NULL, NULL};
+    if (active) {
+        new.t1 = malloc(bytes);
+        new.t2 = malloc(bytes);
+        if (new.t1 == NULL || new.t2 == NULL) {
+            free(new.t1);
+            free(new.t2);
+            snprintf(err, err_len, "out of memory");
+            return HOBBIT_NOMEM;
+        }
+        memcpy(new.t1, rule->t1, bytes);
+        memcpy(new.t2, rule->t2, bytes);
+    }
+    hb_model_lock(m);
+    struct hb_rule old = m->rule;
+    m->rule = new;
+    hb_model_unlock(m);
+    free(old.t1);
+    free(old.t2);
+    return HOBBIT_OK;
+}
+
+static bool is_cached(const struct hobbit_model *m, int32_t group, int32_t expert, int32_t precision) {
+    return hb_cache_peek(m->cache, (struct hb_key) {group, expert, precision}) >= 0;
+}
+
+static int32_t set_schedule(struct hobbit_model *m, struct hb_schedule *schedule, const char *path, char *err,
+                            size_t err_len) {
+    if (schedule == NULL) {
+        snprintf(err, err_len, "%s: %s", path, errno != 0 ? strerror(errno) : "is not a precision schedule");
+        return errno != 0 ? HOBBIT_IO : HOBBIT_FORMAT;
+    }
+    hb_model_lock(m);
+    struct hb_schedule *old = m->schedule;
+    m->schedule = schedule;
+    hb_model_unlock(m);
+    (void) hb_schedule_close(old);
+    return HOBBIT_OK;
+}
+
+int32_t hobbit_model_record(struct hobbit_model *m, const char *path, const char *note, char *err, size_t err_len) {
+    return set_schedule(m, hb_schedule_create(path, note), path, err, err_len);
+}
+
+int32_t hobbit_model_replay(struct hobbit_model *m, const char *path, char *err, size_t err_len) {
+    return set_schedule(m, hb_schedule_open(path), path, err, err_len);
+}
+
+int32_t hobbit_model_schedule_end(struct hobbit_model *m, char *err, size_t err_len) {
+    hb_model_lock(m);
+    struct hb_schedule *schedule = m->schedule;
+    m->schedule = NULL;
+    hb_model_unlock(m);
+    if (!hb_schedule_close(schedule)) {
+        snprintf(err, err_len, "the precision schedule cannot be written: %s", strerror(errno));
+        return HOBBIT_IO;
+    }
+    return HOBBIT_OK;
+}
+
+/* Reads low copies of a group from expert `next` on, a few at a time; the caller holds the lock. */
+static bool keep_group(struct hobbit_model *m, int32_t group) {
+    int32_t n_expert = m->catalog.groups[group].n_expert, next = 0, under_way = 0;
+    bool good = true;
+    while ((good && next < n_expert) || under_way > 0) {
+        struct hb_key key = {group, next, HOBBIT_LOW};
+        if (good && next < n_expert && under_way < 2 * DEFAULT_IO_THREADS) {
+            if (is_cached(m, group, next, HOBBIT_LOW)) {
+                hb_cache_keep(m->cache, key);
+            } else if (hb_model_fetch(m, key)) {
+                under_way++;
+            } else {
+                hb_model_fail(m, "the low-precision experts do not fit the cache");
+                good = false;
+            }
+            next++;
+            continue;
+        }
+        struct hb_arrival a = hb_model_arrival(m, true);
+        under_way--;
+        if (a.failed) {
+            good = false;
+        } else {
+            hb_model_release(m, a.key);
+            hb_cache_keep(m->cache, a.key);
+        }
+    }
+    return good;
+}
+
+int32_t hobbit_model_keep_low(struct hobbit_model *m, char *err, size_t err_len) {
+    bool good = m->cache != NULL;
+    hb_model_lock(m);
+    if (good && m->asked_at == NULL) {
+        m->asked_at = calloc((size_t) m->catalog.n_groups, sizeof *m->asked_at);
+        good = m->asked_at != NULL;
+        for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
+            m->asked_at[g] = calloc((size_t) m->catalog.groups[g].n_expert, sizeof **m->asked_at);
+            good = m->asked_at[g] != NULL;
+        }
+        hb_model_fail(m, good ? "" : "out of memory");
+    }
+    for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
+        good = m->catalog.groups[g].copies[HOBBIT_LOW].n_matrices > 0 && keep_group(m, g);
+    }
+    m->low_kept = good;
+    hb_model_unlock(m);
+    if (!good) {
+        hobbit_model_take_error(m, err, err_len);
+        return HOBBIT_IO;
+    }
+    return HOBBIT_OK;
+}
+
+void hobbit_model_forget(struct hobbit_model *m) {
+    hb_model_lock(m);
+    if (m->cache != NULL) {
+        hb_cache_forget(m->cache);
+        atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
+    }
+    hb_model_unlock(m);
+}
+
+void hobbit_model_observe(struct hobbit_model *m, int64_t *histogram) {
+    hb_model_lock(m);
+    m->gathered.scores = histogram;
+    hb_model_unlock(m);
+}
+
+void hobbit_model_collect(struct hobbit_model *m, float *const *sums, int64_t *const *counts) {
+    hb_model_lock(m);
+    m->gathered.sums = sums;
+    m->gathered.counts = counts;
+    hb_model_unlock(m);
 }
 
 void *hobbit_model_stream(struct hobbit_model *m, char *err, size_t err_len) {
@@ -207,6 +417,14 @@ void *hobbit_model_stream(struct hobbit_model *m, char *err, size_t err_len) {
 
 int32_t hobbit_stream_close(void *file) {
     return fclose(file);
+}
+
+static void free_asked(struct hobbit_model *m) {
+    for (int32_t g = 0; m->asked_at != NULL && g < m->catalog.n_groups; g++) {
+        free(m->asked_at[g]);
+    }
+    free(m->asked_at);
+    m->asked_at = NULL;
 }
 
 void hobbit_model_close(struct hobbit_model *m) {
@@ -219,6 +437,11 @@ void hobbit_model_close(struct hobbit_model *m) {
         free((void *) (uintptr_t) m->extents[i].data);
     }
     free(m->extents);
+    free(m->rule.t1);
+    free(m->rule.t2);
+    free(m->ranges);
+    (void) hb_schedule_close(m->schedule);
+    free_asked(m);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);
     pthread_mutex_destroy(&m->lock);
@@ -247,6 +470,15 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .splits = atomic_load(&c->splits),
         .dense_bytes = atomic_load(&c->dense_bytes),
         .n_cached = (int32_t) atomic_load(&c->cached),
+        .read_low_bytes = atomic_load(&c->read_low_bytes),
+        .pairs_high = atomic_load(&c->pairs[HOBBIT_HIGH]),
+        .pairs_low = atomic_load(&c->pairs[HOBBIT_LOW]),
+        .pairs_skip = atomic_load(&c->pairs[HOBBIT_SKIP]),
+        .scored = atomic_load(&c->scored),
+        .unscored = atomic_load(&c->unscored),
+        .promotions = atomic_load(&c->promotions),
+        .stand_ins = atomic_load(&c->stand_ins),
+        .cache_bytes = m->cache != NULL ? m->cache_bytes : 0,
         .direct_io = 1,
     };
     hb_reader_counters(m->reader, &out->read_bytes, &out->read_calls);
@@ -254,8 +486,7 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         out->direct_io &= m->catalog.files[i].direct;
     }
     for (int32_t p = 0; m->cache != NULL && p < m->n_pools; p++) {
-        out->cache_bytes += m->pools[p].arena.slot_bytes * (uint64_t) m->pools[p].arena.n_slots;
-        out->n_slots += m->pools[p].arena.n_slots;
+        out->n_slots += m->pools[p].banks[HOBBIT_HIGH].arena.n_slots;
     }
 }
 
@@ -279,23 +510,24 @@ struct hb_counters *hb_model_counters(struct hobbit_model *m) {
     return &m->counters;
 }
 
-struct hb_arena hb_model_arena(const struct hobbit_model *m, int32_t group) {
-    return m->pools[m->pool_of_group[group]].arena;
+const struct hb_rule *hb_model_rule(const struct hobbit_model *m) {
+    return &m->rule;
+}
+
+const struct hb_gathered *hb_model_gathered(const struct hobbit_model *m) {
+    return &m->gathered;
+}
+
+struct hb_arena hb_model_arena(const struct hobbit_model *m, int32_t group, int32_t precision) {
+    return m->pools[m->pool_of_group[group]].banks[precision].arena;
 }
 
 int32_t hb_model_home(const struct hobbit_model *m, int32_t group) {
     return hb_cache_home(m->cache, group);
 }
 
-int32_t hb_model_look_up(struct hobbit_model *m, int32_t group, int32_t expert) {
-    int32_t slot = hb_cache_find(m->cache, group, expert);
-    if (slot >= 0) {
-        hb_cache_pin(m->cache, group, expert, true);
-        atomic_fetch_add(&m->counters.hits, 1);
-    } else {
-        atomic_fetch_add(&m->counters.misses, 1);
-    }
-    return slot;
+static struct bank *bank_of(const struct hobbit_model *m, struct hb_key key) {
+    return &m->pools[m->pool_of_group[key.group]].banks[key.precision];
 }
 
 static void set_piece(const struct hobbit_model *m, struct hb_piece *piece, const struct hb_matrix *matrix,
@@ -310,26 +542,119 @@ static void set_piece(const struct hobbit_model *m, struct hb_piece *piece, cons
     };
 }
 
-bool hb_model_fetch(struct hobbit_model *m, int32_t group, int32_t expert) {
-    int32_t slot = hb_cache_claim(m->cache, group, expert);
+/* False when too much is pinned. The copy has no slot yet. */
+static bool start_read(struct hobbit_model *m, struct hb_key key, bool background) {
+    int32_t slot = hb_cache_claim(m->cache, key);
+    atomic_store(&m->counters.evictions, hb_cache_evictions(m->cache));
     if (slot < 0) {
         return false;
     }
-    atomic_store(&m->counters.evictions, hb_cache_evictions(m->cache));
-    const struct hb_group *g = &m->catalog.groups[group];
-    struct pool *pool = &m->pools[m->pool_of_group[group]];
-    struct load *load = &pool->loads[slot];
-    load->group = group;
-    load->expert = expert;
+    const struct hb_copy *copy = &m->catalog.groups[key.group].copies[key.precision];
+    struct bank *bank = bank_of(m, key);
+    struct load *load = &bank->loads[slot];
+    load->key = key;
     load->slot = slot;
+    load->background = background;
     load->job.owner = load;
-    load->job.n_pieces = g->n_matrices;
-    for (int32_t i = 0; i < g->n_matrices; i++) {
-        set_piece(m, &load->job.pieces[i], g->matrices[i], expert,
-                  pool->arena.base + (uint64_t) slot * pool->arena.slot_bytes);
+    load->job.n_pieces = copy->n_matrices;
+    for (int32_t i = 0; i < copy->n_matrices; i++) {
+        set_piece(m, &load->job.pieces[i], copy->matrices[i], key.expert,
+                  bank->arena.base + (uint64_t) slot * bank->arena.slot_bytes);
     }
     hb_reader_submit(m->reader, &load->job);
     return true;
+}
+
+bool hb_model_is_cached(const struct hobbit_model *m, int32_t group, int32_t expert) {
+    return is_cached(m, group, expert, HOBBIT_HIGH);
+}
+
+float hb_model_mean_range(struct hobbit_model *m, int32_t group, float range) {
+    struct range *r = &m->ranges[group];
+    r->sum += (double) range;
+    r->n++;
+    return (float) (r->sum / (double) r->n);
+}
+
+bool hb_model_has_schedule(const struct hobbit_model *m) {
+    return m->schedule != NULL;
+}
+
+bool hb_model_schedule(struct hobbit_model *m, int32_t group, int32_t n, const int32_t *experts,
+                       int32_t *precisions) {
+    static const char *const reasons[] = {
+        [HB_SCHEDULE_ENDED] = "the replayed precision schedule ends here: it is of a shorter run",
+        [HB_SCHEDULE_OTHER] = "the run departs from the replayed precision schedule: the prompt, the seed, the batch sizes "
+                              "and the model have to be those of the recorded run",
+    };
+    enum hb_schedule_step step = hb_schedule_next(m->schedule, group, n, experts, precisions);
+    if (step == HB_SCHEDULE_IO) {
+        char text[ERROR_BYTES];
+        snprintf(text, sizeof text, "the precision schedule cannot be %s: %s",
+                 hb_schedule_is_replay(m->schedule) ? "read" : "written", strerror(errno));
+        hb_model_fail(m, text);
+    } else if (step != HB_SCHEDULE_OK) {
+        hb_model_fail(m, reasons[step]);
+    }
+    return step == HB_SCHEDULE_OK;
+}
+
+/* At most so many high copies are promoted at a time: more would fill memory bandwidth and slots with guesses. */
+#define MAX_BACKGROUND 2
+
+/* Promote where there is room, or for what was asked for since about as many others were as fit the cache. */
+static void ask_for_high(struct hobbit_model *m, struct hb_key key) {
+    uint64_t *asked_at = &m->asked_at[key.group][key.expert];
+    uint64_t before = *asked_at;
+    *asked_at = ++m->asks;
+    uint64_t window = (uint64_t) hb_model_arena(m, key.group, HOBBIT_HIGH).n_slots;
+    bool again = before > 0 && m->asks - before <= window;
+    if ((again || hb_cache_has_room(m->cache, key)) && m->in_background < MAX_BACKGROUND && start_read(m, key, true)) {
+        m->in_background++;
+        atomic_fetch_add(&m->counters.promotions, 1);
+    }
+}
+
+int32_t hb_model_choose(struct hobbit_model *m, int32_t group, int32_t expert, int32_t need) {
+    struct hb_key high = {group, expert, HOBBIT_HIGH};
+    if (m->rule.deterministic || (need == HOBBIT_HIGH && !m->low_kept)) {
+        return need;
+    }
+    if (hb_cache_peek(m->cache, high) >= 0) {
+        return HOBBIT_HIGH;
+    }
+    bool low = is_cached(m, group, expert, HOBBIT_LOW);
+    if (need == HOBBIT_HIGH && low) {
+        atomic_fetch_add(&m->counters.stand_ins, 1);
+        if (hb_cache_slot(m->cache, high) < 0) {
+            ask_for_high(m, high);
+        }
+    }
+    return low ? HOBBIT_LOW : need;
+}
+
+int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key) {
+    int32_t slot = hb_cache_find(m->cache, key);
+    if (slot >= 0) {
+        hb_cache_pin(m->cache, key, true);
+        atomic_fetch_add(&m->counters.hits, 1);
+    } else {
+        atomic_fetch_add(&m->counters.misses, 1);
+        if (key.precision == HOBBIT_HIGH && is_cached(m, key.group, key.expert, HOBBIT_LOW)) {
+            atomic_fetch_add(&m->counters.promotions, 1);
+        }
+    }
+    return slot;
+}
+
+bool hb_model_fetch(struct hobbit_model *m, struct hb_key key) {
+    int32_t slot = hb_cache_slot(m->cache, key);
+    if (slot >= 0) { /* it is being read in the background: wait for it after all */
+        bank_of(m, key)->loads[slot].background = false;
+        m->in_background--;
+        return true;
+    }
+    return start_read(m, key, false);
 }
 
 void hb_model_fail(struct hobbit_model *m, const char *reason) {
@@ -349,32 +674,72 @@ static void keep_read_error(struct hobbit_model *m, int error, int32_t file, uin
     hb_model_fail(m, text);
 }
 
-struct hb_arrival hb_model_arrival(struct hobbit_model *m, bool wait) {
-    struct hb_job *job = hb_reader_next(m->reader, false);
-    if (job == NULL && wait) {
-        uint64_t start = hb_now_ns();
-        job = hb_reader_next(m->reader, true);
-        atomic_fetch_add(&m->counters.stall_ns, hb_now_ns() - start);
+static void count_arrival(struct hobbit_model *m, struct hb_key key) {
+    if (key.precision == HOBBIT_LOW) {
+        uint64_t bytes = m->catalog.groups[key.group].copies[HOBBIT_LOW].expert_bytes;
+        atomic_fetch_add(&m->counters.read_low_bytes, bytes);
+        return;
     }
-    if (job == NULL) {
-        return (struct hb_arrival) {.expert = -1};
+    struct hb_key low = {key.group, key.expert, HOBBIT_LOW};
+    if (!m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, low) >= 0) {
+        hb_cache_drop(m->cache, low); /* promoted: see hb_model_choose */
     }
-    const struct load *load = job->owner;
-    bool failed = job->error != 0;
-    if (failed) {
-        if (job->error != ECANCELED) {
-            keep_read_error(m, job->error, job->error_file, job->error_offset);
-        }
-        hb_cache_failed(m->cache, load->group, load->expert);
-    } else {
-        hb_cache_loaded(m->cache, load->group, load->expert);
-    }
-    atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
-    return (struct hb_arrival) {load->expert, load->slot, failed};
 }
 
-void hb_model_release(struct hobbit_model *m, int32_t group, int32_t expert) {
-    hb_cache_pin(m->cache, group, expert, false);
+/* False when the read failed. */
+static bool take_in(struct hobbit_model *m, const struct load *load) {
+    const struct hb_job *job = &load->job;
+    if (job->error == 0) {
+        hb_cache_loaded(m->cache, load->key);
+        count_arrival(m, load->key);
+    } else {
+        /* Nobody waits for a background read: if it matters, the same read fails in the foreground. */
+        if (job->error != ECANCELED && !load->background) {
+            keep_read_error(m, job->error, job->error_file, job->error_offset);
+        }
+        hb_cache_drop(m->cache, load->key);
+    }
+    if (load->background) {
+        m->in_background--;
+        if (job->error == 0) {
+            hb_cache_pin(m->cache, load->key, false);
+        }
+    }
+    atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
+    return job->error == 0;
+}
+
+void hb_model_settle(struct hobbit_model *m) {
+    while (m->in_background > 0) {
+        struct hb_job *job = hb_reader_next(m->reader, false);
+        if (job == NULL) {
+            break;
+        }
+        (void) take_in(m, job->owner);
+    }
+}
+
+struct hb_arrival hb_model_arrival(struct hobbit_model *m, bool wait) {
+    for (;;) {
+        struct hb_job *job = hb_reader_next(m->reader, false);
+        if (job == NULL && wait) {
+            uint64_t start = hb_now_ns();
+            job = hb_reader_next(m->reader, true);
+            atomic_fetch_add(&m->counters.stall_ns, hb_now_ns() - start);
+        }
+        if (job == NULL) {
+            return (struct hb_arrival) {.key = {.expert = -1}};
+        }
+        const struct load *load = job->owner;
+        bool background = load->background, good = take_in(m, load);
+        if (!background) {
+            return (struct hb_arrival) {load->key, load->slot, !good};
+        }
+    }
+}
+
+void hb_model_release(struct hobbit_model *m, struct hb_key key) {
+    hb_cache_pin(m->cache, key, false);
 }
 
 void hb_model_withdraw(struct hobbit_model *m) {

@@ -18,6 +18,24 @@
 
 struct hb_counters {
     atomic_uint_fast64_t hits, misses, evictions, cached, stall_ns, compute_ns, splits, dense_bytes;
+    atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
+    atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
+};
+
+/* hobbit_rule, with its own copy of the thresholds. */
+struct hb_rule {
+    bool active; /* else everything is high, and there are no thresholds */
+    bool deterministic, renormalise, per_token;
+    int32_t experts;
+    float substitute;
+    float *t1, *t2; /* one a group */
+};
+
+/* What calibration gathers; see hobbit_model_observe and hobbit_model_collect. NULL where it is not wanted. */
+struct hb_gathered {
+    int64_t *scores;
+    float *const *sums;
+    int64_t *const *counts;
 };
 
 struct hb_arena {
@@ -32,22 +50,49 @@ bool hb_model_ready(const struct hobbit_model *model); /* the arena is allocated
 
 const struct hb_catalog *hb_model_catalog(const struct hobbit_model *model);
 struct hb_counters *hb_model_counters(struct hobbit_model *model);
-struct hb_arena hb_model_arena(const struct hobbit_model *model, int32_t group);
+const struct hb_rule *hb_model_rule(const struct hobbit_model *model);
+const struct hb_gathered *hb_model_gathered(const struct hobbit_model *model);
+struct hb_arena hb_model_arena(const struct hobbit_model *model, int32_t group, int32_t precision);
 int32_t hb_model_home(const struct hobbit_model *model, int32_t group); /* see hb_cache_home */
 bool hb_model_cancelled(const struct hobbit_model *model);
 
-/* With the lock held; group and expert must exist: */
-/* Count the look-up; a cached expert is pinned and its slot returned, else -1. */
-int32_t hb_model_look_up(struct hobbit_model *model, int32_t group, int32_t expert);
-/* Start reading a missing expert; false when every slot is pinned: release some first. */
-bool hb_model_fetch(struct hobbit_model *model, int32_t group, int32_t expert);
+/* With the lock held; groups and experts must exist: */
+
+/* The precision that an expert gets whose pairs need `need` (HOBBIT_HIGH, LOW or SKIP), by what is cached:
+ *
+ *   need    high cached   low cached   both    neither
+ *   high    high          read high    high    read high     (low cached: a promotion)
+ *   low     high          low          high    read low
+ *   skip    high          low          high    skip
+ *
+ * A copy that is there costs nothing, so the better one is used. When a promoted high copy has arrived the low one is
+ * dropped: it would never be used beside it. An evicted high copy is not demoted: its low copy is read when it is
+ * asked for. With a deterministic rule the need decides alone, and both copies may stay.
+ *
+ * Where all low copies are kept, a high need gets a high copy that is cached, and else the low one at once; the high
+ * one is then perhaps promoted in the background. */
+int32_t hb_model_choose(struct hobbit_model *model, int32_t group, int32_t expert, int32_t need);
+/* Record the precisions, or replace them by those that are replayed. On failure the error is kept. */
+bool hb_model_schedule(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
+                       int32_t *precisions);
+bool hb_model_has_schedule(const struct hobbit_model *model);
+bool hb_model_is_cached(const struct hobbit_model *model, int32_t group, int32_t expert); /* its high copy */
+/* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
+float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
+/* Take in what was read in the background. */
+void hb_model_settle(struct hobbit_model *model);
+/* Count the look-up; a cached copy is pinned and its slot returned, else -1. */
+int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key);
+/* Start reading a missing copy; false when too much is pinned: release some first. */
+bool hb_model_fetch(struct hobbit_model *model, struct hb_key key);
 
 struct hb_arrival {
-    int32_t expert, slot; /* expert -1: nothing arrived */
-    bool failed;          /* the read failed; the error is kept for hobbit_model_take_error */
+    struct hb_key key; /* expert -1: nothing arrived */
+    int32_t slot;
+    bool failed; /* the read failed; the error is kept for hobbit_model_take_error */
 };
 struct hb_arrival hb_model_arrival(struct hobbit_model *model, bool wait);
-void hb_model_release(struct hobbit_model *model, int32_t group, int32_t expert);
+void hb_model_release(struct hobbit_model *model, struct hb_key key);
 
 /* Give back the reads that have not begun: they arrive as failed, without an error. */
 void hb_model_withdraw(struct hobbit_model *model);

@@ -5,10 +5,12 @@
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "model.h"
+#include "precision.h"
 #include "replica.h"
 #include "routing.h"
 #include "segment.h"
 #include "shape.h"
+#include "substitute.h"
 
 /* Above this, ggml's table of stack depth x pairs costs more than gathering does. */
 #define IN_PLACE_TABLE_ENTRIES ((int64_t) 4 << 20)
@@ -23,7 +25,8 @@ struct hb_moe {
     struct hb_block work; /* ggml's */
     struct hb_routing routing;
     struct hb_replicas replicas;
-    struct hb_block batch; /* pointers to the experts of one batch */
+    struct hb_block batch;  /* pointers to the experts of one batch */
+    struct hb_block scores;
 };
 
 struct hb_moe *hb_moe_new(void) {
@@ -58,6 +61,7 @@ void hb_moe_free(struct hb_moe *moe) {
     if (moe != NULL) {
         hb_block_free(&moe->routing.memory);
         hb_block_free(&moe->batch);
+        hb_block_free(&moe->scores);
         hb_block_free(&moe->work);
         drop_threads(moe);
         hb_replicas_free(&moe->replicas);
@@ -98,13 +102,25 @@ struct wave {
     struct hb_moe *moe;
     const struct hb_segment *segment;
     int32_t next_missing; /* experts before it are cached, loading or done */
-    int32_t loading, ready, done;
+    int32_t loading, ready, done, skipped;
 };
 
+static struct hb_key key_of(const struct wave *w, const struct hb_routed *e) {
+    return (struct hb_key) {w->segment->group, e->expert, e->precision};
+}
+
 static void look_up(struct wave *w) {
+    struct hobbit_model *model = w->segment->model;
     for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
         struct hb_routed *e = &w->moe->routing.experts[i];
-        e->slot = hb_model_look_up(w->segment->model, w->segment->group, e->expert);
+        atomic_fetch_add(&hb_model_counters(model)->pairs[e->precision], (uint64_t) e->n_pairs);
+        if (e->precision == HOBBIT_SKIP) {
+            e->state = DONE;
+            w->done++;
+            w->skipped++;
+            continue;
+        }
+        e->slot = hb_model_look_up(model, key_of(w, e));
         e->state = e->slot >= 0 ? READY : MISSING;
         w->ready += e->slot >= 0;
     }
@@ -118,7 +134,7 @@ static void fetch(struct wave *w) {
         if (e->state != MISSING) {
             continue;
         }
-        if (!hb_model_fetch(w->segment->model, w->segment->group, e->expert)) {
+        if (!hb_model_fetch(w->segment->model, key_of(w, e))) {
             return;
         }
         e->state = LOADING;
@@ -126,28 +142,15 @@ static void fetch(struct wave *w) {
     }
 }
 
-static struct hb_routed *find_routed(struct hb_routing *r, int32_t expert) {
-    int32_t low = 0, high = r->n_experts - 1;
-    while (low < high) {
-        int32_t middle = low + (high - low) / 2;
-        if (r->experts[middle].expert < expert) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return &r->experts[low];
-}
-
 /* Take in what has arrived; wait for something when nothing is ready to compute. False when a read failed. */
 static bool collect(struct wave *w) {
     bool good = true;
     while (w->loading > 0) {
         struct hb_arrival a = hb_model_arrival(w->segment->model, w->ready == 0);
-        if (a.expert < 0) {
+        if (a.key.expert < 0) {
             break;
         }
-        struct hb_routed *e = find_routed(&w->moe->routing, a.expert);
+        struct hb_routed *e = hb_routing_find(&w->moe->routing, a.key.expert, a.key.precision);
         w->loading--;
         e->state = a.failed ? DONE : READY;
         e->slot = a.slot;
@@ -157,13 +160,23 @@ static bool collect(struct wave *w) {
     return good;
 }
 
-/* Ready experts for one batch, at least one of them. */
+static struct hb_arena arena_of(const struct wave *w, int32_t precision) {
+    return hb_model_arena(w->segment->model, w->segment->group, precision);
+}
+
+/* Ready experts of one precision for one batch, at least one of them. */
 static int choose_batch(struct wave *w, const struct hb_routed **experts) {
-    int64_t left = hb_replicas_batch_pairs(&w->moe->replicas);
+    int64_t left = 0;
     int n = 0;
     for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
         const struct hb_routed *e = &w->moe->routing.experts[i];
-        if (e->state == READY && (n == 0 || e->n_pairs <= left)) {
+        if (e->state != READY || (n > 0 && e->precision != experts[0]->precision)) {
+            continue;
+        }
+        if (n == 0) {
+            left = hb_replicas_batch_pairs(&w->moe->replicas, arena_of(w, e->precision));
+        }
+        if (n == 0 || e->n_pairs <= left) {
             left -= e->n_pairs;
             experts[n++] = e;
         }
@@ -171,8 +184,9 @@ static int choose_batch(struct wave *w, const struct hb_routed **experts) {
     return n;
 }
 
-static void release(struct wave *w, struct hb_routed *e) {
-    hb_model_release(w->segment->model, w->segment->group, e->expert);
+static void release(struct wave *w, const struct hb_routed *of) {
+    struct hb_routed *e = hb_routing_find(&w->moe->routing, of->expert, of->precision);
+    hb_model_release(w->segment->model, key_of(w, e));
     e->state = DONE;
     w->ready--;
     w->done++;
@@ -182,15 +196,19 @@ static enum ggml_status compute_batch(struct wave *w) {
     struct hb_moe *moe = w->moe;
     const struct hb_routed **experts = (const struct hb_routed **) moe->batch.data;
     int n = choose_batch(w, experts);
-    if (!hb_replicas_build(&moe->replicas, experts, n)) {
+    if (!hb_replicas_build(&moe->replicas, arena_of(w, experts[0]->precision), experts, n)) {
         return GGML_STATUS_ALLOC_FAILED;
     }
     enum ggml_status status = run(moe, w->segment, moe->replicas.nodes, moe->replicas.n_nodes);
     if (status == GGML_STATUS_SUCCESS) {
         hb_replicas_scatter(&moe->replicas, experts, n);
+        const struct hb_gathered *into = hb_model_gathered(w->segment->model);
+        if (into->sums != NULL) {
+            hb_replicas_collect(&moe->replicas, into, experts, n);
+        }
     }
     for (int i = 0; i < n; i++) {
-        release(w, find_routed(&moe->routing, experts[i]->expert));
+        release(w, experts[i]);
     }
     return status;
 }
@@ -217,6 +235,11 @@ static enum ggml_status compute_in_batches(struct wave *w) {
         !hb_replicas_keep_inputs(&moe->replicas)) {
         return GGML_STATUS_ALLOC_FAILED;
     }
+    for (int32_t i = 0; i < moe->routing.n_experts && w->skipped > 0; i++) {
+        if (moe->routing.experts[i].precision == HOBBIT_SKIP) {
+            hb_replicas_skip(&moe->replicas, &moe->routing.experts[i]);
+        }
+    }
     enum ggml_status status = GGML_STATUS_SUCCESS;
     while (status == GGML_STATUS_SUCCESS && w->done < moe->routing.n_experts) {
         fetch(w);
@@ -231,18 +254,32 @@ static enum ggml_status compute_in_batches(struct wave *w) {
     return status;
 }
 
-/* All experts are cached: the segment's own nodes, with the weights pointing into the arena. */
-static bool fits_in_place(const struct hb_moe *moe, const struct hb_segment *s, struct hb_arena arena) {
-    return hb_model_home(s->model, s->group) >= 0 || arena.n_slots * moe->routing.n_pairs <= IN_PLACE_TABLE_ENTRIES;
+/* All experts are cached in one precision: the segment's own nodes, with the weights pointing into the arena. */
+static bool fits_in_place(const struct wave *w) {
+    const struct hb_routing *r = &w->moe->routing;
+    if (w->ready < r->n_experts || hb_model_gathered(w->segment->model)->sums != NULL) {
+        return false;
+    }
+    int32_t precision = r->experts[0].precision;
+    for (int32_t i = 1; i < r->n_experts; i++) {
+        if (r->experts[i].precision != precision) {
+            return false;
+        }
+    }
+    bool at_home = precision == HOBBIT_HIGH && hb_model_home(w->segment->model, w->segment->group) >= 0;
+    return at_home || arena_of(w, precision).n_slots * r->n_pairs <= IN_PLACE_TABLE_ENTRIES;
 }
 
-static enum ggml_status compute_in_place(struct wave *w, struct hb_arena arena) {
+static enum ggml_status compute_in_place(struct wave *w) {
     struct hb_moe *moe = w->moe;
     const struct hb_segment *s = w->segment;
-    int32_t home = hb_model_home(s->model, s->group);
+    int32_t precision = moe->routing.experts[0].precision;
+    struct hb_arena arena = arena_of(w, precision);
+    int32_t home = precision == HOBBIT_HIGH ? hb_model_home(s->model, s->group) : -1;
     int32_t n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert;
     bool at_home = home >= 0;
-    if (!hb_replicas_in_place(&moe->replicas, at_home, at_home ? home : 0, at_home ? n_expert : arena.n_slots)) {
+    if (!hb_replicas_in_place(&moe->replicas, arena, at_home, at_home ? home : 0,
+                              at_home ? n_expert : arena.n_slots)) {
         return GGML_STATUS_ALLOC_FAILED;
     }
     return run(moe, s, moe->replicas.nodes, moe->replicas.n_nodes);
@@ -254,19 +291,24 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
         hb_model_fail(s->model, "the model has no expert cache yet");
         return GGML_STATUS_FAILED;
     }
+    if (!hb_substitute(&moe->scores, s)) {
+        return GGML_STATUS_FAILED;
+    }
     if (!hb_routing_read(&moe->routing, s->ids, n_expert)) {
         hb_model_fail(s->model, "the router chose an expert that does not exist, or memory is short");
         return GGML_STATUS_FAILED;
     }
-    struct hb_arena arena = hb_model_arena(s->model, s->group);
-    if (!hb_replicas_begin(&moe->replicas, s, &moe->routing, arena)) {
+    if (!hb_replicas_begin(&moe->replicas, s, &moe->routing)) {
         hb_model_fail(s->model, "an expert layer of this model has more inputs than hobbit can handle");
+        return GGML_STATUS_FAILED;
+    }
+    hb_model_settle(s->model);
+    if (!hb_precision_choose(&moe->scores, s, &moe->routing, &moe->replicas.token_scale)) {
         return GGML_STATUS_FAILED;
     }
     struct wave wave = {.moe = moe, .segment = s};
     look_up(&wave);
-    bool cached = wave.ready == moe->routing.n_experts && fits_in_place(moe, s, arena);
-    enum ggml_status status = cached ? compute_in_place(&wave, arena) : compute_in_batches(&wave);
+    enum ggml_status status = fits_in_place(&wave) ? compute_in_place(&wave) : compute_in_batches(&wave);
     drain(&wave);
     return status;
 }

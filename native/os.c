@@ -109,14 +109,23 @@ int hb_space_reserve(void **base, size_t size) {
     return map(base, size, PROT_NONE, MAP_NORESERVE);
 }
 
-int hb_space_map(void **base, size_t size) {
+int hb_space_map(void **base, size_t size, bool huge) {
     int error = map(base, size, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+    (void) huge;
 #ifdef MADV_HUGEPAGE
     if (error == 0) {
-        (void) madvise(*base, size, MADV_HUGEPAGE); /* fewer TLB misses; fine without */
+        (void) madvise(*base, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE); /* a wish: fine without */
     }
 #endif
     return error;
+}
+
+void hb_space_drop(void *base, size_t size) {
+#ifdef __linux__
+    (void) madvise(base, size, MADV_DONTNEED);
+#else
+    (void) mmap(base, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+#endif
 }
 
 void hb_space_release(void *base, size_t size) {

@@ -26,8 +26,11 @@ int hb_file_read(const struct hb_file *file, void *dst, size_t length, uint64_t 
 
 /* Address space without memory behind it; touching it faults. */
 int hb_space_reserve(void **base, size_t size);
-/* Zeroed anonymous memory, huge pages where the system has them; pages appear when touched. */
-int hb_space_map(void **base, size_t size);
+/* Zeroed anonymous memory; pages appear when touched. With `huge`, in huge pages where the system has them: fewer TLB
+ * misses, but memory is taken and given back in pieces of 2 MiB. */
+int hb_space_map(void **base, size_t size, bool huge);
+/* Give the pages back; touched again, they are zero. */
+void hb_space_drop(void *base, size_t size);
 void hb_space_release(void *base, size_t size);
 
 uint64_t hb_now_ns(void); /* monotonic */

@@ -103,11 +103,10 @@ bool hb_replicas_keep_inputs(struct hb_replicas *r) {
     return true;
 }
 
-bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *s, const struct hb_routing *routing,
-                       struct hb_arena arena) {
+bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *s, const struct hb_routing *routing) {
     r->segment = s;
     r->routing = routing;
-    r->arena = arena;
+    r->token_scale = NULL;
     r->n_inputs = 0;
     r->pair_bytes = 2 * (int64_t) sizeof(int32_t);
     for (int i = 0; i < s->n_nodes; i++) {
@@ -126,25 +125,36 @@ bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *s, const 
     return true;
 }
 
-int64_t hb_replicas_batch_pairs(const struct hb_replicas *r) {
+int64_t hb_replicas_batch_pairs(const struct hb_replicas *r, struct hb_arena arena) {
     int64_t by_rows = BATCH_BYTES / r->pair_bytes;
-    int64_t by_table = ROW_TABLE_BYTES / ROW_TABLE_ENTRY / r->arena.n_slots;
+    int64_t by_table = ROW_TABLE_BYTES / ROW_TABLE_ENTRY / arena.n_slots;
     int64_t pairs = by_rows < by_table ? by_rows : by_table;
     return pairs > 1 ? pairs : 1;
 }
 
-/* The matrix in all slots from first_slot on, as a stack for MUL_MAT_ID. */
-static struct ggml_tensor *stack_view(struct hb_replicas *r, const struct ggml_tensor *weights, int32_t first_slot,
-                                      int32_t depth) {
-    const struct hb_matrix *matrix = hb_segment_weight(weights)->matrix;
+/* Slots first_slot .. first_slot + depth - 1 of an arena, whose copies have this precision. */
+struct stack {
+    struct hb_arena arena;
+    int32_t precision, first_slot, depth;
+};
+
+/* The matrix in all these slots, as a stack for MUL_MAT_ID. */
+static struct ggml_tensor *stack_view(struct hb_replicas *r, const struct ggml_tensor *weights,
+                                      const struct stack *stack) {
+    const struct hb_weight *weight = hb_segment_weight(weights);
+    const struct hb_group *group = &hb_model_catalog(weight->model)->groups[weight->matrix->group];
+    const struct hb_matrix *matrix = group->copies[stack->precision].matrices[weight->matrix->role];
+    uint64_t slot_bytes = stack->arena.slot_bytes;
     struct ggml_tensor *t = new_tensor(r, weights);
-    t->data = r->arena.base + (uint64_t) first_slot * r->arena.slot_bytes + matrix->slot_offset;
-    t->ne[2] = depth;
-    t->nb[2] = r->arena.slot_bytes;
-    t->nb[3] = r->arena.slot_bytes * (uint64_t) depth;
+    t->type = (enum ggml_type) matrix->type;
+    t->data = stack->arena.base + (uint64_t) stack->first_slot * slot_bytes + matrix->slot_offset;
+    t->ne[2] = stack->depth;
+    t->nb[0] = ggml_type_size(t->type);
+    t->nb[1] = ggml_row_size(t->type, t->ne[0]);
+    t->nb[2] = slot_bytes;
+    t->nb[3] = slot_bytes * (uint64_t) stack->depth;
     return t;
 }
-
 
 #define FOR_EACH_PAIR(experts, n_experts, e, i, at)                \
     for (int e = 0, at = 0; e < (n_experts); e++)                  \
@@ -162,7 +172,7 @@ struct batch {
     const struct hb_routed *const *experts;
     int n_experts;
     int64_t n_pairs;
-    int32_t first_slot, depth;
+    struct stack stack;
     struct ggml_tensor *slot_ids, *expert_ids; /* I32 [1, n_pairs] */
 };
 
@@ -184,7 +194,7 @@ static void make_ids(struct hb_replicas *r, struct batch *b) {
     b->expert_ids = new_ids(r, b);
     int32_t *slots = b->slot_ids->data, *experts = b->expert_ids->data;
     FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
-        slots[at] = b->experts[e]->slot - b->first_slot;
+        slots[at] = b->experts[e]->slot - b->stack.first_slot;
         experts[at] = b->experts[e]->expert;
     }
 }
@@ -205,6 +215,11 @@ static struct ggml_tensor *gather(struct hb_replicas *r, const struct batch *b, 
         memcpy((char *) g->data + (size_t) at * row, hb_shape_row(t, data, r->routing->n[i], r->routing->token[i]),
                row);
     }
+    if (t == r->segment->weights && r->token_scale != NULL) {
+        FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
+            ((float *) g->data)[at] *= r->token_scale[r->routing->token[i]];
+        }
+    }
     return r->inputs[index].gathered = g;
 }
 
@@ -222,7 +237,7 @@ static struct ggml_tensor *operand(struct hb_replicas *r, const struct batch *b,
                                    int i) {
     struct ggml_tensor *src = node->src[i];
     if (node->op == GGML_OP_MUL_MAT_ID && i == 0) {
-        return stack_view(r, src, b->first_slot, b->depth);
+        return stack_view(r, src, &b->stack);
     }
     if (node->op == GGML_OP_MUL_MAT_ID && i == 2) {
         return b->slot_ids;
@@ -248,7 +263,17 @@ static void replicate(struct hb_replicas *r, const struct batch *b, int index) {
     r->nodes[r->n_nodes++] = t;
 }
 
-bool hb_replicas_build(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts) {
+static struct stack stack_of(struct hb_arena arena, const struct hb_routed *const *experts, int n_experts) {
+    int32_t first = experts[0]->slot, last = first;
+    for (int e = 1; e < n_experts; e++) {
+        first = experts[e]->slot < first ? experts[e]->slot : first;
+        last = experts[e]->slot > last ? experts[e]->slot : last;
+    }
+    return (struct stack) {arena, experts[0]->precision, first, last - first + 1};
+}
+
+bool hb_replicas_build(struct hb_replicas *r, struct hb_arena arena, const struct hb_routed *const *experts,
+                       int n_experts) {
     struct batch b = {.experts = experts, .n_experts = n_experts, .n_pairs = count_pairs(experts, n_experts)};
     size_t slack = (size_t) (HB_SEGMENT_NODES + HB_REPLICA_INPUTS + 2) * HB_BLOCK_ALIGN;
     if (!hb_block_reserve(&r->memory, (size_t) (r->pair_bytes * b.n_pairs) + slack)) {
@@ -258,13 +283,7 @@ bool hb_replicas_build(struct hb_replicas *r, const struct hb_routed *const *exp
     for (int i = 0; i < r->n_inputs; i++) {
         r->inputs[i].gathered = NULL;
     }
-    int32_t last_slot = 0;
-    b.first_slot = r->arena.n_slots;
-    for (int e = 0; e < n_experts; e++) {
-        b.first_slot = experts[e]->slot < b.first_slot ? experts[e]->slot : b.first_slot;
-        last_slot = experts[e]->slot > last_slot ? experts[e]->slot : last_slot;
-    }
-    b.depth = last_slot - b.first_slot + 1;
+    b.stack = stack_of(arena, experts, n_experts);
     make_ids(r, &b);
     for (int i = 0; i < r->segment->n_nodes; i++) {
         if (is_computed(r->segment->nodes[i])) {
@@ -285,6 +304,46 @@ void hb_replicas_scatter(struct hb_replicas *r, const struct hb_routed *const *e
         FOR_EACH_PAIR(experts, n_experts, e, i, at) {
             memcpy(hb_shape_row(node, node->data, r->routing->n[i], r->routing->token[i]), rows + (size_t) at * row,
                    row);
+        }
+    }
+}
+
+void hb_replicas_skip(struct hb_replicas *r, const struct hb_routed *expert) {
+    for (int k = 0; k < r->segment->n_nodes; k++) {
+        const struct ggml_tensor *node = r->segment->nodes[k];
+        if (!r->segment->escapes[k] || !is_computed(node)) {
+            continue;
+        }
+        for (int32_t i = expert->first; i < expert->first + expert->n_pairs; i++) {
+            memset(hb_shape_row(node, node->data, r->routing->n[i], r->routing->token[i]), 0,
+                   (size_t) node->ne[0] * sizeof(float));
+        }
+    }
+}
+
+static void add_squares(float *sums, const float *row, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        sums[i] += row[i] * row[i];
+    }
+}
+
+void hb_replicas_collect(const struct hb_replicas *r, const struct hb_gathered *into,
+                         const struct hb_routed *const *experts, int n_experts) {
+    for (int k = 0; k < r->segment->n_nodes; k++) {
+        const struct ggml_tensor *node = r->segment->nodes[k];
+        if (node->op != GGML_OP_MUL_MAT_ID) {
+            continue;
+        }
+        const struct hb_weight *weight = hb_segment_weight(node->src[0]);
+        int64_t m = weight->matrix - hb_model_catalog(weight->model)->matrices;
+        const struct ggml_tensor *rows = r->of_node[k]->src[1];
+        if (into->sums[m] == NULL) {
+            continue;
+        }
+        FOR_EACH_PAIR(experts, n_experts, e, i, at) {
+            const char *row = (const char *) rows->data + (size_t) at * rows->nb[2];
+            add_squares(into->sums[m] + experts[e]->expert * rows->ne[0], (const float *) row, rows->ne[0]);
+            into->counts[m][experts[e]->expert]++;
         }
     }
 }
@@ -311,7 +370,9 @@ static struct ggml_tensor *slot_ids(struct hb_replicas *r, int32_t first_slot) {
     return t;
 }
 
-bool hb_replicas_in_place(struct hb_replicas *r, bool at_home, int32_t first_slot, int32_t depth) {
+bool hb_replicas_in_place(struct hb_replicas *r, struct hb_arena arena, bool at_home, int32_t first_slot,
+                          int32_t depth) {
+    struct stack stack = {arena, r->routing->experts[0].precision, first_slot, depth};
     r->n_tensors = r->n_nodes = 0;
     struct ggml_tensor *ids = at_home ? NULL : slot_ids(r, first_slot);
     if (!at_home && ids == NULL) {
@@ -321,7 +382,7 @@ bool hb_replicas_in_place(struct hb_replicas *r, bool at_home, int32_t first_slo
         struct ggml_tensor *node = r->segment->nodes[i];
         if (node->op == GGML_OP_MUL_MAT_ID) {
             struct ggml_tensor *copy = new_tensor(r, node);
-            copy->src[0] = stack_view(r, node->src[0], first_slot, depth);
+            copy->src[0] = stack_view(r, node->src[0], &stack);
             copy->src[2] = ids != NULL ? ids : node->src[2];
             node = copy;
         }

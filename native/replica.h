@@ -20,7 +20,7 @@
 struct hb_replicas {
     const struct hb_segment *segment;
     const struct hb_routing *routing;
-    struct hb_arena arena;
+    const float *token_scale; /* [n_tokens] factor on the gate weights, or NULL */
     struct hb_block memory; /* rows, gathered inputs, ids of one batch */
     struct hb_block kept;   /* inputs that an output of the segment would overwrite */
     struct {
@@ -37,21 +37,29 @@ struct hb_replicas {
     int n_nodes;
 };
 
-/* Start a segment. False when memory is short or the segment is beyond our limits. */
-bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *segment, const struct hb_routing *routing,
-                       struct hb_arena arena);
+/* Start a segment. False when it is beyond our limits. */
+bool hb_replicas_begin(struct hb_replicas *r, const struct hb_segment *segment, const struct hb_routing *routing);
 /* Before the first batch: copy the inputs that scattering the segment's outputs would overwrite. */
 bool hb_replicas_keep_inputs(struct hb_replicas *r);
-/* Most pairs a batch should have; one expert may have more. */
-int64_t hb_replicas_batch_pairs(const struct hb_replicas *r);
-/* Build r->nodes over all pairs of these experts, whose slots are set. False when memory is short. */
-bool hb_replicas_build(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts);
+/* Most pairs a batch on that arena should have; one expert may have more. */
+int64_t hb_replicas_batch_pairs(const struct hb_replicas *r, struct hb_arena arena);
+/* Build r->nodes over all pairs of these experts, whose slots in the arena are set; they have one precision. False when
+ * memory is short. */
+bool hb_replicas_build(struct hb_replicas *r, struct hb_arena arena, const struct hb_routed *const *experts,
+                       int n_experts);
 /* After the nodes were computed: copy the rows that escape to the real tensors. */
 void hb_replicas_scatter(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts);
+/* In place of computing this expert: the rows of its pairs that escape become zero. */
+void hb_replicas_skip(struct hb_replicas *r, const struct hb_routed *expert);
+/* After the nodes were computed: add the squares of what entered the matrices to the sums. */
+void hb_replicas_collect(const struct hb_replicas *r, const struct hb_gathered *into,
+                         const struct hb_routed *const *experts, int n_experts);
 
-/* Build r->nodes as the segment's own nodes, all experts being in slots first_slot .. first_slot + depth - 1. With
- * `at_home`, expert e is in slot first_slot + e; else its slot is in the routing. False when memory is short. */
-bool hb_replicas_in_place(struct hb_replicas *r, bool at_home, int32_t first_slot, int32_t depth);
+/* Build r->nodes as the segment's own nodes, all experts being of one precision and in slots first_slot .. first_slot
+ * + depth - 1 of the arena. With `at_home`, expert e is in slot first_slot + e; else its slot is in the routing. False
+ * when memory is short. */
+bool hb_replicas_in_place(struct hb_replicas *r, struct hb_arena arena, bool at_home, int32_t first_slot,
+                          int32_t depth);
 
 void hb_replicas_free(struct hb_replicas *r);
 

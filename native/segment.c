@@ -1,10 +1,14 @@
 #include "segment.h"
 
+#include <string.h>
+
 #include "ggml-backend.h"
 #include "ggml-impl.h"
 #include "shape.h"
 
 const char hb_buffer_type_name[] = "Hobbit";
+
+#define WEIGHTED "ffn_moe_weighted"
 
 bool hb_segment_is_streamed(const struct ggml_tensor *t) {
     return t->buffer != NULL &&
@@ -68,6 +72,14 @@ static bool fits_routing(const struct hb_segment *s, const struct ggml_tensor *n
             (node->op != GGML_OP_ADD_ID || node->src[2] == s->ids));
 }
 
+/* The experts' outputs times the gate weights. Other factors for each expert have the same shapes, so that llama.cpp's
+ * name for it decides. */
+static const struct ggml_tensor *gate_weights(const struct ggml_tensor *node) {
+    const struct ggml_tensor *w = node->src[1];
+    bool weighs = node->op == GGML_OP_MUL && strncmp(node->name, WEIGHTED, sizeof WEIGHTED - 1) == 0;
+    return weighs && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2] ? w : NULL;
+}
+
 struct hb_segment hb_segment_next(const struct ggml_cgraph *graph, int begin) {
     struct hb_segment s = {.nodes = graph->nodes + begin, .graph = graph};
     for (int i = begin; i < graph->n_nodes && s.n_nodes < HB_SEGMENT_NODES; i++) {
@@ -86,6 +98,9 @@ struct hb_segment hb_segment_next(const struct ggml_cgraph *graph, int begin) {
             s.model = w->model;
         } else if (!fits_routing(&s, node)) {
             break;
+        }
+        if (gate_weights(node) != NULL) {
+            s.weights = gate_weights(node);
         }
         s.n_nodes++;
     }

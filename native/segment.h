@@ -33,6 +33,7 @@ struct hb_segment {
     struct hobbit_model *model;      /* NULL when no node is a MUL_MAT_ID: plain operations */
     int32_t group;
     const struct ggml_tensor *ids;   /* I32 [n_used, n_tokens] */
+    const struct ggml_tensor *weights; /* F32 [1, n_used, n_tokens], the gate weights; NULL where they are not seen */
     bool escapes[HB_SEGMENT_NODES];  /* the node's value is wanted outside the segment */
 };
 

@@ -9,7 +9,16 @@ from test_layout import fake, stack
 from hobbit import memory
 from hobbit.errors import PlanError, UsageError
 from hobbit.layout import Layout, build_layout
-from hobbit.memory import Cap, Line, Pool, available_memory, plan, resolve_cap, total_memory
+from hobbit.memory import (
+    Cap,
+    Line,
+    Pool,
+    SlotBytes,
+    available_memory,
+    plan,
+    resolve_cap,
+    total_memory,
+)
 
 GIB = 1 << 30
 EXPERT = 3 * 8 * 16 * 4
@@ -156,7 +165,7 @@ def test_everything_fits(layout: Layout) -> None:
 def test_part_fits(layout: Layout) -> None:
     result = make(layout, 1500 + 5 * EXPERT + 3)
     assert result.mode == "streamed"
-    assert result.pools == (Pool(EXPERT, 5, 8, 2, (0, 1)),)
+    assert result.pools == (Pool(SlotBytes(EXPERT), 5, 8, 2, (0, 1)),)
     assert result.spare_bytes == 3
     assert result.floor_bytes == 1500 + 2 * EXPERT
     assert result.token_bytes == 4 * EXPERT
@@ -196,10 +205,10 @@ def test_a_dense_model() -> None:
 
 
 def test_pools_by_slot_size(layout: Layout) -> None:
-    result = make(layout, 1500 + 4096 * 3 + 8192 * 3, slot_bytes=[4096, 8192])
+    result = make(layout, 1500 + 4096 * 3 + 8192 * 3, slot_bytes=[SlotBytes(4096), SlotBytes(8192)])
     small, large = result.pools
-    assert (small.slot_bytes, small.groups) == (4096, (0,))
-    assert (large.slot_bytes, large.groups) == (8192, (1,))
+    assert (small.slot_bytes, small.groups) == ((4096, 0), (0,))
+    assert (large.slot_bytes, large.groups) == ((8192, 0), (1,))
     assert (small.slots, large.slots) == (3, 3)
 
 
@@ -207,14 +216,17 @@ def test_pools_by_slot_size(layout: Layout) -> None:
 def test_pools_use_the_budget(layout: Layout, sizes: tuple[int, int]) -> None:
     floor, everything = 2 * sum(set(sizes)), 4 * sum(sizes)
     for budget in range(floor, everything + 1, max(1, everything // 97)):
-        result = make(layout, 1500 + budget, slot_bytes=sizes)
+        result = make(layout, 1500 + budget, slot_bytes=[SlotBytes(size) for size in sizes])
         assert result.cache_bytes <= budget
         for pool in result.pools:
             assert pool.floor <= pool.slots <= pool.experts
         # Nothing more could have been given.
         open_pools = [pool for pool in result.pools if pool.slots < pool.experts]
-        assert all(pool.slot_bytes > result.spare_bytes for pool in open_pools)
-    assert make(layout, 1500 + everything, slot_bytes=sizes).mode == "resident-experts"
+        assert all(pool.slot_bytes.high > result.spare_bytes for pool in open_pools)
+    assert (
+        make(layout, 1500 + everything, slot_bytes=[SlotBytes(size) for size in sizes]).mode
+        == "resident-experts"
+    )
 
 
 def test_cache_override(layout: Layout) -> None:
@@ -233,7 +245,7 @@ def test_small_groups_need_fewer_slots() -> None:
     )
     # 8 experts of layer 0 and 2 of layer 1 share one pool.
     assert make(two, GIB, cache="floor").pools[0].floor == 4
-    apart = make(two, GIB, cache="floor", slot_bytes=[100, 200])
+    apart = make(two, GIB, cache="floor", slot_bytes=[SlotBytes(100), SlotBytes(200)])
     assert [pool.floor for pool in apart.pools] == [4, 2]
 
 

@@ -14,10 +14,13 @@ from hobbit.generate import Result
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import Layout, build_layout
 from hobbit.memory import Cap, Line, MemoryPlan, plan
+from hobbit.quality import EXACT_NAME, Quality
 from hobbit.render import Screen
+from hobbit.rule import EXACT as EXACT_RULE
 from hobbit.stats import Stats
 
 GIB = 1 << 30
+EXACT = Quality(EXACT_NAME, EXACT_RULE)
 STATS = Stats(
     tokens_prompt=214,
     tokens_generated=127,
@@ -49,7 +52,7 @@ def a_plan(cap: int, *lines: tuple[str, int]) -> MemoryPlan:
 
 
 def test_stats_line() -> None:
-    assert render.stats_line(RESULT) == (
+    assert render.stats_line(RESULT, EXACT) == (
         "[128 tok, 4.81 tok/s, first token 6.2 s (214 tok prompt, 34.0 tok/s) | mem 7.6/8.0 GiB "
         "| exact | hit 71 % | 212 MiB/tok | stall 40 %]"
     )
@@ -57,12 +60,12 @@ def test_stats_line() -> None:
 
 def test_stats_line_of_a_dense_model() -> None:
     dense = Stats(tokens_prompt=2, tokens_generated=3, mode="resident", cap_bytes=1 << 30)
-    line = render.stats_line(Result("", "stop", dense, dense))
+    line = render.stats_line(Result("", "stop", dense, dense), EXACT)
     assert line.endswith("mem 0/1024 MiB | resident]")
 
 
 def test_stats_line_of_nothing() -> None:
-    line = render.stats_line(Result("", "cancelled", Stats(), Stats(), KeyboardInterrupt()))
+    line = render.stats_line(Result("", "cancelled", Stats(), Stats(), KeyboardInterrupt()), EXACT)
     assert "0 tok, 0.00 tok/s, no token (0 tok prompt, 0.00 tok/s)" in line
     assert line.endswith("| cancelled]")
 
@@ -95,7 +98,7 @@ def test_memory_split_adds_up(cap: int, share: float) -> None:
 
 
 def test_mode_line() -> None:
-    line = render.mode_line(a_plan(8 * GIB, ("dense", 2 * GIB), ("kv", 3 * GIB)))
+    line = render.mode_line(a_plan(8 * GIB, ("dense", 2 * GIB), ("kv", 3 * GIB)), EXACT)
     assert line == (
         "mode: all experts fit in the cache, exact   "
         "memory 8.0 GiB cap (dense 2.0 + kv 3.0 + spare 3.0)"
@@ -141,7 +144,7 @@ def test_verbose_lines() -> None:
 
 
 def test_report() -> None:
-    report = render.run_report(RESULT, a_plan(8 * GIB), {"seed": 5}, 1.0)
+    report = render.run_report(RESULT, a_plan(8 * GIB), EXACT, {"seed": 5}, 1.0)
     data = json.loads(json.dumps(report))
     assert set(data) == {
         "schema",
@@ -151,6 +154,7 @@ def test_report() -> None:
         "timings",
         "memory",
         "experts",
+        "quality",
         "mode",
         "config",
         "plan",

@@ -1,0 +1,112 @@
+"""The dial: what a quality, or thresholds given by hand, come to for one model.
+
+`exact` needs nothing. A named mode or a KL budget needs the low-precision copy of the experts and
+what calibration measured of the two. There is no silent fallback: what is missing is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import calibration
+from .calibration import BUDGETS, Calibration, Point
+from .errors import ModelError, UsageError
+from .fingerprint import fingerprint
+from .gguf_file import open_gguf
+from .layout import Layout, LowCopies
+from .low_file import check_pair, find_low
+from .rule import EXACT, Rule
+
+EXACT_NAME = "exact"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A rule, what it is called, and the low copies that it needs.
+
+    `point` is what calibration measured of it; `all_low` what calibration measured with every
+    expert low, if that is within the budget asked for: then a low copy may stand in anywhere.
+    """
+
+    name: str
+    rule: Rule
+    low: LowCopies | None = None
+    point: Point | None = None
+    all_low: Point | None = None
+
+    @property
+    def label(self) -> str:
+        """Say the mode in a few words, with its measured KL where there is one."""
+        if self.rule == EXACT:
+            return EXACT_NAME
+        how = ", deterministic" if self.rule.deterministic else ""
+        if self.point is None:
+            return f"{self.name}{how}"
+        return f"{self.name} (KL {self.point.kl:.3f} measured{how})"
+
+
+def choose(
+    layout: Layout,
+    quality: str | float = EXACT_NAME,
+    low_file: Path | None = None,
+    *,
+    t1: float | None = None,
+    t2: float | None = None,
+    deterministic: bool = False,
+) -> Quality:
+    """Return what is meant for this model.
+
+    `low_file` is a GGUF of the same experts in fewer bits; without it, the copy that `hobbit
+    prepare` made. Raises UsageError for what makes no sense, ModelError for what is not there.
+    """
+    model = layout.gguf.parts[0].path
+    by_hand = t1 is not None or t2 is not None
+    if by_hand and str(quality) != EXACT_NAME:
+        raise UsageError(f"-Q {quality} and --t1/--t2 are two ways to say the same: give one")
+    if not by_hand and quality == EXACT_NAME:
+        return Quality(EXACT_NAME, EXACT)
+    budget = None if by_hand else calibration.budget_of(quality)
+    if not layout.groups:
+        raise UsageError(f"{model}: has no experts that stream: only -Q exact makes sense")
+    if budget is None:
+        t2 = 1.0 if t2 is None else t2
+        rule = Rule(t2 if t1 is None else t1, t2, deterministic)
+        low = low_copies(layout, low_file) if rule.needs_low or low_file else None
+        return Quality(f"T1 {rule.t1:g}, T2 {rule.t2:g}", rule, low)
+    low = low_copies(layout, low_file)
+    known = calibrated(layout, low)
+    rule = replace(calibration.rule_for(known, budget), deterministic=deterministic)
+    name = quality if quality in BUDGETS else f"KL {budget:g}"
+    within = known.all_low.bound <= budget and not deterministic
+    return Quality(str(name), rule, low, _point(known, rule), known.all_low if within else None)
+
+
+def low_copies(layout: Layout, low_file: Path | None = None) -> LowCopies:
+    """Open and check the low-precision copy of a model."""
+    path = low_file or find_low(layout.gguf)
+    if path is None:
+        model = layout.gguf.parts[0].path
+        raise ModelError(
+            f"{model}: has no low-precision copy of its experts yet: run hobbit prepare {model}, "
+            "or name a smaller GGUF of the same model with --low-file"
+        )
+    low = open_gguf(path)
+    return LowCopies(low, check_pair(layout, low))
+
+
+def calibrated(layout: Layout, low: LowCopies) -> Calibration:
+    """Return what calibration measured of the model with this low copy."""
+    path = low.gguf.parts[0].path
+    known = calibration.load(calibration.path_of(path), fingerprint(layout.gguf))
+    if known is None:
+        raise ModelError(
+            f"{path}: is not calibrated, so that no mode is known to keep its promise: run "
+            f"hobbit prepare {layout.gguf.parts[0].path} --low-file {path}, or give --t1 and --t2"
+        )
+    return known
+
+
+def _point(known: Calibration, rule: Rule) -> Point | None:
+    plain = replace(rule, deterministic=False)
+    return next((p for p in known.points if replace(p.rule, deterministic=False) == plain), None)

@@ -1,0 +1,109 @@
+"""What `hobbit eval` prints: a table on stdout, or JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .choices import ChoiceRow
+    from .evaluate import Row
+
+SCHEMA = "hobbit.eval/1"
+
+_MIB = 1 << 20
+_HEAD = (
+    "mode", "KL mean", "+-", "KL p99", "KL max", "top-1", "ppl", "MiB/tok", "fewer",
+    "high", "low", "skip", "hit", "tok/s",
+)  # fmt: skip
+_TASK_HEAD = ("mode", "n", "accuracy", "+-", "by byte", "+-", "as exact", "by byte")
+
+
+def eval_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table of modes; `fewer` is exact's bytes a token divided by the mode's."""
+    exact = rows[0].bytes_per_token
+    cells: list[Sequence[str]] = [_HEAD]
+    for row in rows:
+        fewer = f"{exact / row.bytes_per_token:.2f}x" if row.bytes_per_token else "-"
+        cells.append(
+            (
+                row.mode,
+                f"{row.kl:.5f}",
+                f"{row.kl_se:.5f}",
+                f"{row.kl_p99:.4f}",
+                f"{row.kl_max:.3f}",
+                _percent(row.top1),
+                f"{row.perplexity:.3f}",
+                f"{row.bytes_per_token / _MIB:.1f}",
+                fewer,
+                _percent(row.high),
+                _percent(row.low),
+                _percent(row.skipped),
+                _percent(row.hit_rate),
+                f"{row.tok_s:.2f}",
+            )
+        )
+    return _table(cells)
+
+
+def task_lines(name: str, rows: Sequence[ChoiceRow]) -> list[str]:
+    """Return the table of one file of multiple-choice questions."""
+    cells: list[Sequence[str]] = [_TASK_HEAD]
+    for row in rows:
+        shares = (
+            row.accuracy, row.accuracy_se, row.accuracy_norm, row.accuracy_norm_se,
+            row.agreement, row.agreement_norm,
+        )  # fmt: skip
+        cells.append((row.mode, str(row.n), *map(_percent, shares)))
+    return [name, *_table(cells)]
+
+
+def too_far(rows: Sequence[Row], limit: float) -> list[str]:
+    """Return a line for each mode whose mean KL is above the limit."""
+    return [
+        f"{row.mode}: mean KL {row.kl:.5f} is above --max-kld {limit:g}"
+        for row in rows
+        if not row.kl <= limit
+    ]
+
+
+def eval_report(
+    rows: Sequence[Row],
+    tasks: Mapping[str, Sequence[ChoiceRow]],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what `--json` prints; `facts` say what was run: model, text, memory and the like."""
+    return {
+        "schema": SCHEMA,
+        **facts,
+        "modes": [_plain(row.to_dict()) for row in rows],
+        "tasks": [
+            {"file": name, "modes": [asdict(row) for row in found]} for name, found in tasks.items()
+        ],
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace what JSON has no number for: a KL may be infinite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Align the first column left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
