@@ -19,6 +19,7 @@ from lowfiles import floats, ggml_quantize, layout_of, wide_model
 from moefile import write_moe
 
 from hobbit import cli, low_writer
+from hobbit.calibration import path_of
 from hobbit.errors import HobbitError, ModelError, ReadError, UsageError
 from hobbit.gguf_file import GGML_TYPES, open_gguf
 from hobbit.importance import UNIFORM, Importance
@@ -371,6 +372,16 @@ def test_a_copy_is_made_once(layout: Layout, dest: Path) -> None:
     for options in (("q4_0", "none"), ("q4_0", "uniform"), ("q4_1", "uniform")):
         assert prepare(layout, dest, *options) is not None
         assert prepare(layout, dest, *options) is None
+
+
+def test_a_calibration_goes_with_the_copy_it_was_measured_of(layout: Layout, dest: Path) -> None:
+    prepare(layout, dest)
+    calibration = path_of(dest)
+    calibration.write_text("{}")
+    assert prepare(layout, dest) is None
+    assert calibration.exists()
+    assert prepare(layout, dest, "q5_0") is not None
+    assert not calibration.exists()
 
 
 def test_files_of_others_are_left_alone(model: Path, layout: Layout, dest: Path) -> None:
