@@ -40,8 +40,8 @@ IMPORTS: dict[str, set[str]] = {
         "_native", "errors", "gguf_file", "importance", "layout", "low_file", "low_types", "sizes",
     },
     "prepare": {
-        "_native", "cpus", "errors", "gguf_file", "importance", "layout", "low_file", "low_types",
-        "low_writer",
+        "_native", "calibration", "cpus", "errors", "gguf_file", "importance", "layout", "low_file",
+        "low_types", "low_writer",
     },
     # What a quality means.
     "calibration": {"errors", "rule"},
