@@ -67,6 +67,8 @@ INCLUDES: dict[str, set[str]] = {
     "cache.c": set(),
     "cache.h": {"policy.h"},
     "hobbit.h": set(),
+    "nested.c": {"hobbit.h"},
+    "nested.h": set(),
     "os.c": set(),
     "os.h": set(),
     "policy.h": set(),
