@@ -254,13 +254,14 @@ def _merged_header(gguf: GGUF, alignment: int) -> Iterator[Extent]:
         at += length
     infos, position = [], 0
     for tensor in gguf.tensors.values():
-        infos.append(_tensor_info(tensor, position))
+        infos.append(tensor_info(tensor, position))
         position = padded(position + tensor.nbytes, alignment)
     tail = b"".join(infos)
     yield Extent(at, len(tail), "memory", -1, 0, tail)
 
 
-def _tensor_info(tensor: Tensor, position: int) -> bytes:
+def tensor_info(tensor: Tensor, position: int) -> bytes:
+    """Return what a header says of a tensor whose data begins at `position` of the data section."""
     name, n_dims = tensor.name.encode(), len(tensor.shape)
     return struct.pack(
         f"<Q{len(name)}sI{n_dims}QIQ",

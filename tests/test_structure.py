@@ -31,6 +31,7 @@ IMPORTS: dict[str, set[str]] = {
     "sizes": {"errors"},
     # Running one.
     "_native": {"errors"},
+    "nested": {"_native", "errors", "gguf_file", "layout", "sizes"},
     "llama": {
         "_log", "_native", "cpus", "errors", "gguf_file", "layout", "memory", "stats", "streamed",
     },
