@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ._native import ffi, lib
 from .errors import HobbitError, ModelError, ReadError
@@ -31,6 +32,9 @@ ALIGNMENT = 4096
 LOW_PLANE = ".low_plane"
 
 Progress = Callable[[str, float], None]
+# A tensor's name and an expert's number in, a float32 buffer with a weight for each column out, or
+# nothing where all columns count alike.
+Importance = Callable[[str, int], Any]
 
 _STAGE = "splitting experts"
 _CHUNK = 4 << 20
@@ -57,11 +61,17 @@ def is_nested(gguf: GGUF) -> bool:
     return version is not None
 
 
-def make_nested(layout: Layout, dest: Path, progress: Progress | None = None) -> Path:
+def make_nested(
+    layout: Layout,
+    dest: Path,
+    progress: Progress | None = None,
+    importance: Importance | None = None,
+) -> Path:
     """Write the nested copy of a model, all of whose streamed experts must be Q8_0.
 
-    `progress` is called with the name of a stage and the share of it that is done. The file gets
-    its name only when it is whole.
+    `progress` is called with the name of a stage and the share of it that is done. With
+    `importance` the low-precision copy alone is better; both together give the source's bytes in
+    any case. The file gets its name only when it is whole.
     """
     report = progress or _ignore
     plan = _Plan.of(layout)
@@ -70,7 +80,7 @@ def make_nested(layout: Layout, dest: Path, progress: Progress | None = None) ->
         dest.parent.mkdir(parents=True, exist_ok=True)
         _check_place(layout.gguf, dest, plan.size)
         with _opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
-            plan.write(out, report)
+            plan.write(out, importance or _all_alike, report)
             os.fsync(out)
         part.replace(dest)
     except OSError as exc:
@@ -107,6 +117,24 @@ class _Copy:
     source: Tensor
     targets: tuple[Tensor, ...]
 
+    @property
+    def is_split(self) -> bool:
+        return len(self.targets) > 1
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.source.nbytes // self.source.shape[2]
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Yield offset and size of pieces: any of a tensor that is copied, else whole rows."""
+        span, unit = self.source.nbytes, 1
+        if self.is_split:
+            span, unit = self.expert_bytes, self.source.shape[0] // _BLOCK * _BLOCK_BYTES
+        step = max(_CHUNK // unit, 1) * unit
+        for start in range(0, self.source.nbytes, span or 1):
+            for at in range(start, start + span, step):
+                yield at, min(step, start + span - at)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -140,7 +168,7 @@ class _Plan:
         )
         return cls(gguf, header, placed, start + position)
 
-    def write(self, out: int, report: Progress) -> None:
+    def write(self, out: int, importance: Importance, report: Progress) -> None:
         os.ftruncate(out, self.size)
         _write(out, self.header, 0)
         total, done = max(self.gguf.nbytes, 1), 0
@@ -148,29 +176,40 @@ class _Plan:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(_source(part.path)) for part in self.gguf.parts]
             for copy in self.copies:
-                path = self.gguf.parts[copy.source.part].path
-                for at, data in _chunks(files[copy.source.part], path, copy.source):
-                    for target, offset, piece in self._pieces(copy, at, data):
+                part = copy.source.part
+                for at, size in copy.chunks():
+                    data = _read(files[part], size, copy.source.offset + at, self._path(copy))
+                    for target, offset, piece in self._pieces(copy, at, data, importance):
                         _write(out, piece, target.offset + offset)
-                    done += len(data)
+                    done += size
                     report(_STAGE, done / total)
 
+    def _path(self, copy: _Copy) -> Path:
+        return self.gguf.parts[copy.source.part].path
+
     def _pieces(
-        self, copy: _Copy, at: int, data: bytes
+        self, copy: _Copy, at: int, data: bytes, importance: Importance
     ) -> Iterator[tuple[Tensor, int, bytes | bytearray]]:
         """Yield what a chunk of the source becomes, and where in which tensor it belongs."""
-        if len(copy.targets) == 1:
+        source = copy.source
+        if not copy.is_split:
             yield copy.targets[0], at, data
             return
         first, n_blocks = at // _BLOCK_BYTES, len(data) // _BLOCK_BYTES
         high, low = bytearray(n_blocks * _HIGH_BYTES), bytearray(n_blocks * _LOW_BYTES)
+        weights = importance(source.name, at // copy.expert_bytes)
         status = lib.hobbit_nested_split(
-            ffi.from_buffer(data), ffi.from_buffer(high), ffi.from_buffer(low), n_blocks
+            ffi.from_buffer(data),
+            ffi.from_buffer(high),
+            ffi.from_buffer(low),
+            n_blocks,
+            ffi.NULL if weights is None else ffi.from_buffer("float[]", weights),
+            source.shape[0] // _BLOCK,
         )
         if status != lib.HOBBIT_OK:
             raise ModelError(
-                f"{self.gguf.parts[copy.source.part].path}: {copy.source.name} holds a scale that "
-                "is too large for a nested copy or no number"
+                f"{self._path(copy)}: {source.name} holds a scale that is too large for a nested "
+                "copy or no number"
             )
         yield copy.targets[0], first * _HIGH_BYTES, high
         yield copy.targets[1], first * _LOW_BYTES, low
@@ -240,13 +279,6 @@ def _source(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _chunks(file: int, path: Path, tensor: Tensor) -> Iterator[tuple[int, bytes]]:
-    """Yield a tensor's bytes with their offsets in it, in pieces of whole Q8_0 blocks."""
-    step = _CHUNK // _BLOCK_BYTES * _BLOCK_BYTES
-    for at in range(0, tensor.nbytes, step):
-        yield at, _read(file, min(step, tensor.nbytes - at), tensor.offset + at, path)
-
-
 def _read(file: int, length: int, offset: int, path: Path) -> bytes:
     data = bytearray()
     while len(data) < length:
@@ -269,3 +301,7 @@ def _write(file: int, data: bytes | bytearray, offset: int) -> None:
 
 def _ignore(stage: str, done: float) -> None:
     pass
+
+
+def _all_alike(name: str, expert: int) -> None:
+    return None

@@ -142,7 +142,8 @@ void hobbit_model_close(struct hobbit_model *model); /* joins the threads; NULL 
 /* What a context (also one of a model loaded with no_alloc) holds outside our arena. */
 void hobbit_context_memory(const struct llama_context *ctx, struct hobbit_context_memory *out);
 /* Q8_0 blocks as two planes, and back: see nested.h. HOBBIT_UNSUPPORTED where a block's scale is out of range. */
-int32_t hobbit_nested_split(const void *q8_0, void *high_plane, void *low_plane, size_t n_blocks);
+int32_t hobbit_nested_split(const void *q8_0, void *high_plane, void *low_plane, size_t n_blocks,
+                            const float *importance, size_t row_blocks);
 void hobbit_nested_merge(const void *high_plane, const void *low_plane, void *q8_0, size_t n_blocks);
 /* cdef end */
 

@@ -39,7 +39,8 @@ def split(q8_0: Blocks) -> tuple[Blocks, Blocks]:
     n = len(q8_0)
     high, low = np.empty((n, 20), np.uint8), np.empty((n, 16), np.uint8)
     buffers = [_native.ffi.from_buffer(a) for a in (q8_0, high, low)]
-    assert _native.lib.hobbit_nested_split(*buffers, n) == _native.lib.HOBBIT_OK
+    status = _native.lib.hobbit_nested_split(*buffers, n, _native.ffi.NULL, 1)
+    assert status == _native.lib.HOBBIT_OK
     return high, low
 
 
@@ -49,12 +50,46 @@ def test_the_high_plane_is_what_ggml_calls_q4_1() -> None:
     q8_0 = quantize(weights.astype(np.float32), GGMLQuantizationType.Q8_0)
     high, _ = split(q8_0)
     d = q8_0[:, :2].copy().view(np.float16).astype(np.float64)
-    u = q8_0[:, 2:].view(np.int8).astype(np.int64) + 128
-    expected = d * (16 * (u >> 4) + (u & 15).mean(1, keepdims=True) - 128)
+    q = q8_0[:, 2:].view(np.int8).astype(np.int64)
+    # The smallest of 16 equal steps that cover the block, up from -127 or down from 127.
+    up, down = (q.max(1) + 127) // 16 + 1, (127 - q.min(1)) // 16 + 1
+    step = np.maximum(np.minimum(up, down), 9)[:, None]
+    base = np.where((down < up)[:, None], 128 - 16 * step, -127)
+    high_part, rest = np.divmod(q - base, step)
+    expected = d * (base + step * high_part + rest.mean(1, keepdims=True))
     got = dequantize(high, GGMLQuantizationType.Q4_1)
-    # The minimum is rounded to fp16: half a unit in the last place of at most 128 d.
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=float(d.max() * 128 * 2**-11))
-    assert (np.abs(got - expected) <= np.abs(d) * 128 * 2**-11 + 2**-24).all()
+    # The scale is rounded to fp16, the minimum to an fp16 with 5 bits less.
+    tolerance = np.abs(d) * (128 / 64 + 15 * 16 / 2048)
+    assert (np.abs(got - expected) <= tolerance).all()
+
+
+def test_importance_moves_the_minimum_only(tmp_path: Path) -> None:
+    layout = model(tmp_path / "source.gguf")
+    rng = np.random.default_rng(0)
+    asked = []
+
+    def importance(name: str, expert: int) -> npt.NDArray[np.float32]:
+        asked.append((name, expert))
+        columns = layout.gguf.tensors[name].shape[0]
+        return rng.exponential(size=columns).astype(np.float32)
+
+    plain = open_gguf(nested.make_nested(layout, tmp_path / "plain.gguf"))
+    dest = nested.make_nested(layout, tmp_path / "weighted.gguf", importance=importance)
+    weighted = open_gguf(dest)
+    assert asked == [
+        (name, e) for name in plain.tensors if name in layout.streamed for e in range(4)
+    ]
+    for name in layout.streamed:
+        low = nested.low_plane_name(name)
+        assert data_of(plain, low) == data_of(weighted, low)
+        a, b = (
+            np.frombuffer(data_of(file, name), np.uint8).reshape(-1, 20)
+            for file in (plain, weighted)
+        )
+        changed = (a != b).any(0)
+        assert changed[2:4].all() and not changed[:2].any() and not changed[4:].any()
+        joined = [nested.join(weighted, name, expert) for expert in range(4)]
+        assert b"".join(joined) == data_of(layout.gguf, name)
 
 
 @pytest.mark.parametrize("options", [{}, {"tensors_per_part": 5}, {"alignment": 64, "layers": 3}])
