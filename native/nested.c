@@ -10,7 +10,6 @@
 #define FP16_SIGN 0x8000u
 
 #define MIN_STEP 9
-#define MAX_STEP 16
 #define CODE_BITS 5u
 
 /* How a block is cut. */
@@ -59,7 +58,7 @@ static void store_half(uint8_t *to, uint32_t half) {
 }
 
 static int base_of(int step, bool from_above) {
-    return from_above ? 128 - 16 * step : -127;
+    return -127 + from_above * (255 - 16 * step); /* without a branch: either side is as likely */
 }
 
 /* `u` is q + 128. */
@@ -164,19 +163,31 @@ bool hb_nested_split(const void *q8_0, void *high_plane, void *low_plane, size_t
     return true;
 }
 
+/* step h + l of 16 nibbles each, two at a time: neither leaves its byte. */
+static void join_nibbles(const uint16_t *h, const uint16_t *l, uint16_t step, uint8_t *values) {
+    uint16_t first[HALF / 2], second[HALF / 2]; /* from the low halves of the bytes, and from the high ones */
+    for (int j = 0; j < HALF / 2; j++) {
+        first[j] = (uint16_t) ((h[j] & 0x0f0fu) * step + (l[j] & 0x0f0fu));
+        second[j] = (uint16_t) ((h[j] >> 4 & 0x0f0fu) * step + (l[j] >> 4 & 0x0f0fu));
+    }
+    memcpy(values, first, HALF);
+    memcpy(values + HALF, second, HALF);
+}
+
 void hb_nested_merge(const void *high_plane, const void *low_plane, void *q8_0, size_t n_blocks) {
     const uint8_t *high = high_plane, *low = low_plane;
     uint8_t *out = q8_0;
     for (size_t i = 0; i < n_blocks; i++, high += HB_HIGH_BLOCK, low += HB_LOW_BLOCK, out += HB_Q8_0_BLOCK) {
-        uint8_t h[HALF], l[HALF], q[2 * HALF]; /* the block's input is read before its output is written */
+        uint16_t h[HALF / 2], l[HALF / 2]; /* the block's input is read before its output is written */
+        uint8_t q[2 * HALF];
         memcpy(h, high + 4, sizeof h);
         memcpy(l, low, sizeof l);
         uint32_t scale = load_half(high), code = load_half(high + 2);
         uint32_t step = MIN_STEP + (code >> 1 & 7u), second = code >> 4 & 1u;
-        uint8_t factor = (uint8_t) step, base = (uint8_t) base_of((int) step, code & 1u);
-        for (int j = 0; j < HALF; j++) {
-            q[j] = (uint8_t) ((h[j] & 0x0fu) * factor + (l[j] & 0x0fu) + base);
-            q[j + HALF] = (uint8_t) ((h[j] >> 4) * factor + (l[j] >> 4) + base);
+        uint8_t base = (uint8_t) base_of((int) step, code & 1u);
+        join_nibbles(h, l, (uint16_t) step, q);
+        for (int j = 0; j < 2 * HALF; j++) {
+            q[j] = (uint8_t) (q[j] + base);
         }
         store_half(out, (divide(scale & ~FP16_SIGN, step) + second) | (scale & FP16_SIGN));
         memcpy(out + 2, q, sizeof q);
