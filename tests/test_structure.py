@@ -51,6 +51,7 @@ IMPORTS: dict[str, set[str]] = {
     "rule": {"errors"},
     # Running one.
     "_native": {"errors"},
+    "nested": {"_native", "errors", "gguf_file", "layout", "sizes"},
     "llama": {
         "_log", "_native", "cpus", "errors", "fingerprint", "gguf_file", "layout", "memory",
         "quality", "rule", "schedule", "sizes", "stats", "streamed",
@@ -111,6 +112,8 @@ INCLUDES: dict[str, set[str]] = {
     "cache.c": set(),
     "cache.h": {"hobbit.h", "policy.h"},
     "hobbit.h": set(),
+    "nested.c": {"hobbit.h"},
+    "nested.h": set(),
     "os.c": set(),
     "os.h": set(),
     "policy.h": set(),
