@@ -107,8 +107,9 @@ def test_refusals(low: str, words: str) -> None:
 
 
 def test_what_wants_an_importance() -> None:
-    assert not wants_importance([NUMBERS["q4_0"], NUMBERS["iq4_xs"]])
-    assert wants_importance([NUMBERS["q4_0"], NUMBERS["q3_K"]])
+    assert not wants_importance([NUMBERS["q5_0"], NUMBERS["q6_K"]])
+    for name in ("q4_0", "q4_1", "q4_K", "iq4_nl", "q3_K"):
+        assert wants_importance([NUMBERS["q8_0"], NUMBERS[name]]), name
     assert gains_from_search([NUMBERS["q4_K"], NUMBERS["q4_1"]])
     assert not gains_from_search([NUMBERS["q4_K"]])
 

@@ -24,6 +24,7 @@ from hobbit.rule import ALL_LOW, EXACT, Rule
         ("skip-only:0.9", Rule(0.9, 0.9)),
         ("0.6:0.9", Rule(0.6, 0.9)),
         ("0:1", Rule(0.0, 1.0)),
+        ("0.6:0.9:4", Rule(0.6, 0.9, patience=4)),
         ("0.015", RULES[1]),
         ("1e-2", None),
         ("high", None),
@@ -36,11 +37,26 @@ def test_modes(name: str, rule: Rule | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["best", "", "0.6:0.9:1", "skip-only", "skip-only:2", "0.9:x", "-1"]
+    ("name", "words"),
+    [
+        ("best", "unknown mode 'best': use exact, high"),
+        ("", "unknown mode ''"),
+        ("skip-only", "unknown mode 'skip-only'"),
+        ("-1", "unknown mode '-1'"),
+        ("skip-only:2", "must be a number from 0 to 1"),
+        ("substitute:x", "must be a number from 0 to 1"),
+        ("0.9:x", "must be a number from 0 to 1"),
+        ("0.6:0.9:1.5", "must be T1:T2 or T1:T2:PATIENCE"),
+        ("0.6:0.9:2:2", "must be T1:T2 or T1:T2:PATIENCE"),
+        ("fewer:0", "must be a number of experts, 1 or more"),
+        ("fewer:x", "must be a number of experts, 1 or more"),
+    ],
 )
-def test_unknown_modes(name: str) -> None:
-    with pytest.raises(UsageError, match=r"unknown mode|threshold is a number from 0 to 1"):
+def test_unknown_modes(name: str, words: str) -> None:
+    with pytest.raises(UsageError) as refused:
         mode(name, CALIBRATION, "m.gguf")
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_t1_above_t2() -> None:

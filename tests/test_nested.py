@@ -172,11 +172,13 @@ def test_a_scale_out_of_range_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = model(tmp_path / "source.gguf")
-    monkeypatch.setattr(layout_module, "NESTED_VERSION", 2)
+    monkeypatch.setattr(nested, "NESTED_VERSION", 2)
     copy = open_gguf(nested.make_nested(layout, tmp_path / "nested.gguf"))
     monkeypatch.undo()
-    with pytest.raises(ModelError, match="a nested copy of version 2; this hobbit reads version 1"):
-        layout_module.is_nested(copy)
+    refusal = "a nested copy of version 2; this hobbit reads version 1"
+    for use in (layout_module.is_nested, build_layout):
+        with pytest.raises(ModelError, match=refusal):
+            use(copy)
 
 
 def test_the_model_is_not_overwritten(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ from hobbit.low_writer import part_path
 from hobbit.prepare import errors_of, make_low, prepare
 
 
+# By default a copy of up to 5 bits has an importance gathered, for which a model has to speak.
+UNGATHERED = ("auto", "uniform")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_moe(tmp_path / "m.gguf", kind="Q8_0")
@@ -362,11 +366,11 @@ def test_what_was_gathered_is_kept_until_the_copy_is_whole(
 
 
 def test_a_copy_is_made_once(layout: Layout, dest: Path) -> None:
-    assert prepare(layout, dest) is not None
+    assert prepare(layout, dest, *UNGATHERED) is not None
     first = dest.stat().st_ino
-    assert prepare(layout, dest) is None
+    assert prepare(layout, dest, *UNGATHERED) is None
     assert dest.stat().st_ino == first
-    assert prepare(layout, dest, force=True) is not None
+    assert prepare(layout, dest, *UNGATHERED, force=True) is not None
     assert dest.stat().st_ino != first
     # Another option makes another copy, and not in the folder of the model only.
     for options in (("q4_0", "none"), ("q4_0", "uniform"), ("q4_1", "uniform")):
@@ -375,10 +379,10 @@ def test_a_copy_is_made_once(layout: Layout, dest: Path) -> None:
 
 
 def test_a_calibration_goes_with_the_copy_it_was_measured_of(layout: Layout, dest: Path) -> None:
-    prepare(layout, dest)
+    prepare(layout, dest, *UNGATHERED)
     calibration = path_of(dest)
     calibration.write_text("{}")
-    assert prepare(layout, dest) is None
+    assert prepare(layout, dest, *UNGATHERED) is None
     assert calibration.exists()
     assert prepare(layout, dest, "q5_0") is not None
     assert not calibration.exists()
@@ -396,7 +400,7 @@ def test_files_of_others_are_left_alone(model: Path, layout: Layout, dest: Path)
             prepare(layout, model.parent, force=force)
         with pytest.raises(UsageError, match="is not a regular file"):
             prepare(layout, Path(os.devnull), force=force)
-    assert prepare(layout, dest, force=True) is not None
+    assert prepare(layout, dest, *UNGATHERED, force=True) is not None
 
 
 def test_a_model_without_experts(tmp_path: Path, dest: Path) -> None:
@@ -451,13 +455,17 @@ def test_memory_does_not_grow_with_the_experts(tmp_path: Path, dest: Path) -> No
     assert int(done.stdout) < 60
 
 
+# A model without a vocabulary can be told nothing, so that nothing is gathered or calibrated.
+MUTE = ("--imatrix", "uniform", "--no-calibrate")
+
+
 def hobbit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hobbit", "prepare", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_command(model: Path) -> None:
-    first, again = hobbit(model), hobbit(model)
+    first, again = hobbit(model, *MUTE), hobbit(model, *MUTE)
     low = model.with_name("m.hobbit-low.gguf")
     assert (first.returncode, first.stdout) == (0, "")
     lines = first.stderr.splitlines()
@@ -468,7 +476,7 @@ def test_the_command(model: Path) -> None:
     assert lines[-2].endswith(" MB/s")
     assert lines[-1].startswith("squared error: down 0.")
     assert again.stderr.splitlines()[1:] == [f"{low}: is made already", lines[-1]]
-    assert hobbit(model, "--force", "-q").stderr == ""
+    assert hobbit(model, *MUTE, "--force", "-q").stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -478,7 +486,9 @@ def test_the_command(model: Path) -> None:
         (("{model}", "--low", "q8_0"), 2, "is q8_0 already, which takes no more space"),
         (("{model}", "-o", "{folder}"), 2, "is a folder; name a file"),
         (("{model}", "-o", "{model}"), 2, "is the model itself"),
-        (("{model}", "-o", "{model}/x"), 1, "cannot write"),
+        (("{model}", "-o", "{model}/x", *MUTE), 1, "cannot write"),
+        (("{model}",), 3, "m.gguf: has no tokenizer, so that no text can be given to it"),
+        (("{model}", "--imatrix", "uniform"), 3, "has no tokenizer, so that no text can be"),
         (("{model}", "--imatrix", "{model}"), 3, "is a GGUF file, but not an imatrix"),
         (("{model}", "--imatrix", "none.dat"), 3, "none.dat: cannot read it: No such file"),
         (("{model}", "-t", "513"), 2, "-t 513: must be at most 512"),
@@ -505,7 +515,8 @@ def test_ctrl_c_leaves_what_the_next_run_continues(
 ) -> None:
     model = wide_model(tmp_path / "m.gguf", monkeypatch, layers=4, experts=16)
     part = part_path(tmp_path / "m.hobbit-low.gguf")
-    command = [sys.executable, "-m", "hobbit", "prepare", str(model), "--low", "q4_K", "-t", "1"]
+    options = ("--low", "q4_K", "--imatrix", "none", "--no-calibrate")
+    command = [sys.executable, "-m", "hobbit", "prepare", str(model), *options, "-t", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not (part.exists() and part.stat().st_blocks) and time.monotonic() < deadline:
@@ -516,8 +527,8 @@ def test_ctrl_c_leaves_what_the_next_run_continues(
     assert process.returncode == code, lines
     kept = f"{part} is kept: the same command goes on where this stopped"
     assert lines[-2:] == [kept, "hobbit: error: interrupted"]
-    done = hobbit(model, "--low", "q4_K")
-    assert done.returncode == 0
+    done = hobbit(model, *options)
+    assert done.returncode == 0, done.stderr
     assert "of it before" in done.stderr
     layout = layout_of(model)
     whole = make_low(layout, tmp_path / "whole", "q4_K").path
