@@ -39,7 +39,7 @@ def test_modes(name: str, rule: Rule | None) -> None:
     "name", ["best", "", "0.6:0.9:1", "skip-only", "skip-only:2", "0.9:x", "-1"]
 )
 def test_unknown_modes(name: str) -> None:
-    with pytest.raises(UsageError, match=r"unknown mode|threshold is a number from 0 to 1"):
+    with pytest.raises(UsageError, match=r"unknown mode|must be a number from 0 to 1"):
         mode(name, CALIBRATION, "m.gguf")
 
 
