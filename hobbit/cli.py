@@ -42,12 +42,14 @@ from .render import (
 )
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .choices import ChoiceRow
     from .evaluate import Row
+    from .importance import Importance
     from .layout import Layout
     from .llama import Llama
     from .memory import MemoryPlan
-    from .options import EvalOptions, Options
+    from .options import EvalOptions, Options, PrepareOptions
     from .quality import Quality
 
 EXIT_DISK_FULL = 5
@@ -428,41 +430,96 @@ def prepare(
     threads: Annotated[
         int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
     ] = None,
+    low_file: Annotated[
+        Path | None,
+        _flag("--low-file", help="Make no copy: calibrate this smaller GGUF of the same model."),
+    ] = None,
+    file: Annotated[
+        Path | None, _flag("-f", "--file", help="Text to calibrate on (default: a built-in one).")
+    ] = None,
+    calibration: Annotated[
+        bool,
+        _flag("--calibrate/--no-calibrate", help="Measure which rules keep which promises."),
+    ] = True,
+    plot: Annotated[
+        Path | None, _flag("--plot", help="Draw KL against bytes a token into this PNG.")
+    ] = None,
+    memory: Annotated[
+        str, _flag("--memory", "--ram", help="Cap while it runs the model on text.")
+    ] = "auto",
     force: Annotated[bool, _flag("--force", help="Make it again, or in place of a file.")] = False,
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Make the low-precision copy of a model's experts, once, for the lossy modes."""
-    from .options import Options
-
+    """Make the low-precision copy of a model's experts, once, and calibrate the lossy modes."""
+    values = dict(locals())
     try:
-        options = Options(model=model, threads=threads, quiet=quiet)
-        return _prepare(options, low, imatrix, output, force)
+        from .options import PrepareOptions
+
+        return _prepare(PrepareOptions(**values))
     except KeyboardInterrupt as exc:
         raise Interrupted from exc
 
 
-def _prepare(options: Options, low: str, imatrix: str, output: Path | None, force: bool) -> int:
+def _prepare(options: PrepareOptions) -> int:
+    from . import plot
+    from .calibration import load, path_of
+    from .fingerprint import fingerprint
     from .gguf_file import open_gguf
     from .layout import build_layout
+    from .memory import resolve_cap
+    from .report import calibration_lines, calibration_marks
+    from .texts import CALIBRATION, read
+
+    screen, loading = Screen(options.quiet), options.loading()
+    _check_name(loading)
+    resolve_cap(options.memory)
+    if options.plot:
+        plot.check()
+    text = read(options.file, CALIBRATION)
+    layout = build_layout(open_gguf(_model_path(loading, screen)))
+    screen.say(model_line(layout), *resident_lines(layout))
+    low = _low_copy(options, layout, text, screen)
+    known = load(path_of(low), fingerprint(layout.gguf)) if path_of(low).exists() else None
+    if options.calibration and (known is None or options.force or options.file):
+        known = _calibrate(options, layout, low, text, screen)
+    if known is None:
+        return 0
+    screen.say(f"calibrated on {known.tokens} tokens of {known.text}: {path_of(low)}")
+    for line in calibration_lines(known):
+        _print(f"{line}\n")
+    if options.plot:
+        marks, curve = calibration_marks(known)
+        plot.plot(options.plot, marks, title=str(low.name), curves=[("measured rules", curve)])
+    return 0
+
+
+def _low_copy(options: PrepareOptions, layout: Layout, text: str, screen: Screen) -> Path:
+    """Make the low copy, or check the one that was named."""
+    from .calibrate import gather_importance
+    from .gguf_file import open_gguf
     from .low_file import low_path
     from .low_writer import part_path
-    from .prepare import errors_of
-    from .prepare import prepare as make
+    from .prepare import errors_of, prepare
+    from .quality import low_copies
 
-    screen = Screen(options.quiet)
-    _check_name(options)
-    layout = build_layout(open_gguf(_model_path(options, screen)))
-    dest = low_path(layout.gguf) if output is None else output.expanduser()
-    screen.say(model_line(layout), *resident_lines(layout))
+    if options.low_file is not None:
+        return low_copies(layout, options.low_file.expanduser()).gguf.parts[0].path
+    dest = low_path(layout.gguf) if options.output is None else options.output.expanduser()
+
+    def gather() -> Importance:
+        screen.say("gathering the importance of the experts' columns from text")
+        return gather_importance(layout, text, threads=options.n_threads, memory=options.memory)
+
     try:
         with screen.progress() as report:
-            made = make(
+            made = prepare(
                 layout,
                 dest,
-                low,
-                imatrix,
+                options.low,
+                options.imatrix,
+                gather=gather,
                 threads=options.n_threads,
-                force=force,
+                force=options.force,
                 progress=report,
             )
     except KeyboardInterrupt:
@@ -473,7 +530,32 @@ def _prepare(options: Options, low: str, imatrix: str, output: Path | None, forc
         screen.say(f"{dest}: is made already", loss_line(errors_of(open_gguf(dest))))
     else:
         screen.say(*low_lines(made, layout))
-    return 0
+    return dest
+
+
+def _calibrate(
+    options: PrepareOptions, layout: Layout, low: Path, text: str, screen: Screen
+) -> Calibration:
+    from .calibrate import calibrate
+    from .calibration import path_of, save
+    from .generate import interruptible
+    from .texts import CALIBRATION
+
+    name = str(options.file) if options.file else f"hobbit's {CALIBRATION} text"
+    with screen.progress() as report:
+        known = interruptible(
+            lambda: calibrate(
+                layout,
+                low,
+                text,
+                name,
+                threads=options.n_threads,
+                memory=options.memory,
+                on_progress=report,
+            )
+        )
+    save(known, path_of(low))
+    return known
 
 
 @app.command("eval")

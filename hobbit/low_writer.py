@@ -159,10 +159,8 @@ class _Job:
         self._row: tuple[str, int, Array | None] = ("", -1, None)
         dest.parent.mkdir(parents=True, exist_ok=True)
         self.out = _opened(stack, part_path(dest), os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self.out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HobbitError(f"{dest}: another hobbit is writing it") from None
+        if not _locked(self.out, part_path(dest)):
+            raise HobbitError(f"{dest}: another hobbit is writing it")
         self._sources = [_source(stack, part.path) for part in layout.gguf.parts]
         journal = part_path(dest).with_name(f"{part_path(dest).name}.journal")
         self._journal_path = journal
@@ -194,8 +192,9 @@ class _Job:
         done = self._resumed = sum(unit.nbytes for unit in units() if unit.number in self._done)
         waiting = (unit for unit in units() if unit.number not in self._done)
         running: dict[Future[_Sums], _Unit] = {}
-        saved = time.monotonic()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="hobbit-prepare")
+        # Converting goes on while what was converted goes to the disk.
+        saver, saving, saved = ThreadPoolExecutor(1), None, time.monotonic()
         try:
             while True:
                 # A few more than threads, so that none waits for this loop.
@@ -209,15 +208,20 @@ class _Job:
                     del running[future]
                     done += unit.nbytes
                 progress(STAGE, done / total, self._words(done, total))
-                if time.monotonic() - saved > CHECKPOINT_S:
-                    self._checkpoint()
-                    saved = time.monotonic()
+                if time.monotonic() - saved > CHECKPOINT_S and (saving is None or saving.done()):
+                    if saving is not None:
+                        saving.result()
+                    saving, saved = saver.submit(self._checkpoint, self._pending), time.monotonic()
+                    self._pending = {}
+            if saving is not None:
+                saving.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            saver.shutdown()
             for future, unit in running.items():
                 if not future.cancelled() and future.exception() is None:
                     self._pending[unit.number] = future.result()
-            self._checkpoint()
+            self._checkpoint(self._pending)
 
     def _words(self, done: int, total: int) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
@@ -277,16 +281,15 @@ class _Job:
     def _name(self, matrix: ExpertMatrix) -> Path:
         return self._layout.gguf.parts[matrix.part].path
 
-    def _checkpoint(self) -> None:
-        """Note the units that are done, once their data is on disk."""
-        if not self._pending:
+    def _checkpoint(self, converted: dict[int, _Sums]) -> None:
+        """Note units whose data was written, once it is on disk."""
+        if not converted:
             return
         os.fsync(self.out)
-        lines = [f"{i} {s.error.hex()} {s.norm.hex()}\n" for i, s in self._pending.items()]
+        lines = [f"{i} {s.error.hex()} {s.norm.hex()}\n" for i, s in converted.items()]
         end = os.lseek(self._journal, 0, os.SEEK_END)
         _write(self._journal, "".join(lines).encode(), end)
-        self._done |= self._pending
-        self._pending = {}
+        self._done.update(converted)
 
     def finish(self) -> Written:
         """Write the header and give the file its name."""
@@ -319,6 +322,15 @@ def _opened(stack: ExitStack, path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Lock a file until it is closed, unless another has, or has given it another name by now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _source(stack: ExitStack, path: Path) -> int:

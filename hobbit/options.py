@@ -203,6 +203,39 @@ class EvalOptions:
         }
 
 
+@dataclass(frozen=True)
+class PrepareOptions:
+    """One value for each flag of `hobbit prepare`, by the name of its parameter."""
+
+    model: str | None = None
+    low: str = "auto"
+    imatrix: str = "auto"
+    output: Path | None = None
+    threads: int | None = None
+    low_file: Path | None = None
+    file: Path | None = None
+    calibration: bool = True
+    plot: Path | None = None
+    memory: str = "auto"
+    force: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        made = (self.low, self.imatrix, self.output) != ("auto", "auto", None)
+        if self.low_file and made:
+            raise UsageError("--low-file is calibrated as it is: --low, --imatrix and -o make one")
+        if not self.calibration and (self.low_file or self.file or self.plot):
+            raise UsageError("--no-calibrate leaves nothing to do for --low-file, -f and --plot")
+
+    @property
+    def n_threads(self) -> int:
+        return self.loading().n_threads
+
+    def loading(self) -> Options:
+        """Return how the model is named and loaded."""
+        return Options(model=self.model, threads=self.threads, memory=self.memory)
+
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "flash_attn": ("auto", "on", "off"),
     "io": ("auto", "direct", "buffered"),

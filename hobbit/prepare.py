@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ._native import lib
+from .calibration import path_of
 from .cpus import physical_cores
 from .errors import HobbitError, ModelError, UsageError
 from .gguf_file import GGML_TYPES, GGUF, open_gguf
@@ -70,6 +71,8 @@ def prepare(
     kept = part_path(dest).with_name(f"{part_path(dest).name}.imatrix")
     if gathered:
         importance = _gathered(kept, layout, gather, types)
+    # What was measured of a copy must not be taken for that of another: gone before it comes.
+    path_of(dest).unlink(missing_ok=True)
     made = write_low(
         layout, plan, dest, importance, threads or physical_cores(), progress or _ignore
     )
@@ -147,6 +150,8 @@ def _check_dest(layout: Layout, dest: Path, force: bool) -> None:
         raise UsageError(f"-o {dest}: is a folder; name a file")
     if not dest.exists():
         return
+    if not dest.is_file():
+        raise UsageError(f"-o {dest}: is not a regular file")
     if any(dest.samefile(part.path) for part in layout.gguf.parts):
         raise UsageError(f"-o {dest}: is the model itself; name another file")
     if not force and _key_of(dest) is None:

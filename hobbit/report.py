@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from .calibration import frontier
+from .plot import Mark
+
 if TYPE_CHECKING:
+    from .calibration import Calibration, Point
     from .choices import ChoiceRow
     from .evaluate import Row
 
@@ -46,6 +50,46 @@ def eval_lines(rows: Sequence[Row]) -> list[str]:
             )
         )
     return _table(cells)
+
+
+def calibration_lines(known: Calibration) -> list[str]:
+    """Return a table of what each named mode comes to; `fewer` is of bytes, as measured."""
+    cells: list[Sequence[str]] = [("mode", "KL", "+-", "T1", "T2", "high", "low", "skip", "fewer")]
+    named = [(name, known.modes()[name]) for name in known.modes()]
+    for name, point in [("exact", known.exact), *named, ("all low", known.all_low)]:
+        if point is None:
+            cells.append((name, "cannot be had with this low copy", *[""] * 7))
+            continue
+        rule, bytes_ = point.rule, point.bytes_per_token
+        cells.append(
+            (
+                name,
+                f"{point.kl:.4f}",
+                f"{point.kl_se:.4f}",
+                _threshold(rule.t1),
+                _threshold(rule.t2) + ("*" if rule.renormalise else ""),
+                _percent(point.high),
+                _percent(point.low),
+                _percent(point.skipped),
+                f"{known.exact.bytes_per_token / bytes_:.2f}x" if bytes_ else "-",
+            )
+        )
+    return _table(cells)
+
+
+def calibration_marks(known: Calibration) -> tuple[list[Mark], list[Mark]]:
+    """Return the named modes and the frontier of all that was measured, for a plot."""
+    named = {"exact": known.exact, **known.modes(), "all low": known.all_low}
+    marks = [_mark(name, point) for name, point in named.items() if point is not None]
+    return marks, [_mark("", point) for point in frontier([*known.points, known.all_low])]
+
+
+def _mark(name: str, point: Point) -> Mark:
+    return Mark(name, point.bytes_per_token, point.kl, point.kl_se)
+
+
+def _threshold(t: float | tuple[float, ...]) -> str:
+    return "by layer" if isinstance(t, tuple) else f"{t:.3g}"
 
 
 def task_lines(name: str, rows: Sequence[ChoiceRow]) -> list[str]:

@@ -21,10 +21,10 @@ def built_in(name: str) -> str:
     return (_DATA / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def read(file: Path | None) -> str:
-    """Return the text of a file, or the built-in sample; raise UsageError if it is not a text."""
+def read(file: Path | None, built: str = SAMPLE) -> str:
+    """Return the text of a file, or else a built-in one; raise UsageError if it is not a text."""
     if file is None:
-        return built_in(SAMPLE)
+        return built_in(built)
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:

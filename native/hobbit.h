@@ -200,6 +200,10 @@ int32_t hobbit_needs_importance(int32_t type);
  * not finite; HOBBIT_NOMEM. Needs no model, keeps no state: from any thread. */
 int32_t hobbit_quantize(int32_t from_type, const void *src, int32_t to_type, void *dst, int64_t n_rows,
                         int64_t row_len, const float *importance, double *squared_error, double *squared_norm);
+/* Q8_0 blocks as two planes, and back: see nested.h. HOBBIT_UNSUPPORTED where a block's scale is out of range. */
+int32_t hobbit_nested_split(const void *q8_0, void *high_plane, void *low_plane, size_t n_blocks,
+                            const float *importance, size_t row_blocks);
+void hobbit_nested_merge(const void *high_plane, const void *low_plane, void *q8_0, size_t n_blocks);
 /* cdef end */
 
 #ifdef __cplusplus

@@ -7,14 +7,15 @@
 #include "shape.h"
 
 #define SEARCH_DEPTH 12
+#define PROBS "ffn_moe_probs"
 
-/* The tensor of that name that this one is computed from, by way of first operands. */
-static const struct ggml_tensor *origin(const struct ggml_tensor *t, const char *name) {
-    for (int i = 0; t != NULL && i < SEARCH_DEPTH; i++) {
-        if (strncmp(t->name, name, strlen(name)) == 0) {
-            return t;
+/* The softmax over all experts that the gate weights are taken from, by way of first operands. */
+static const struct ggml_tensor *find_probs(const struct ggml_tensor *weights) {
+    for (int i = 0; weights != NULL && i < SEARCH_DEPTH; i++) {
+        if (weights->op == GGML_OP_SOFT_MAX && strncmp(weights->name, PROBS, sizeof PROBS - 1) == 0) {
+            return weights;
         }
-        t = t->src[0];
+        weights = weights->src[0];
     }
     return NULL;
 }
@@ -25,9 +26,9 @@ struct router {
 };
 
 static bool find_router(const struct hb_segment *s, struct router *router) {
-    const struct ggml_tensor *probs = s->weights != NULL ? origin(s->weights, "ffn_moe_probs") : NULL;
+    const struct ggml_tensor *probs = find_probs(s->weights);
     const struct ggml_tensor *logits = probs != NULL ? probs->src[0] : NULL;
-    if (logits == NULL || probs->op != GGML_OP_SOFT_MAX || logits->op != GGML_OP_MUL_MAT ||
+    if (logits == NULL || logits->op != GGML_OP_MUL_MAT ||
         logits->src[0]->type != GGML_TYPE_F32 || logits->src[1]->type != GGML_TYPE_F32) {
         return false;
     }

@@ -37,11 +37,30 @@ def floats(layout: Layout, matrix: ExpertMatrix, expert: int) -> np.ndarray:
     return gguf.quants.dequantize(data.reshape(matrix.ne1, -1), kind).astype(np.float32)
 
 
+def ggml() -> ctypes.CDLL:
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    return ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / f"libggml-base.{suffix}"))
+
+
+class _Context(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.POINTER(ctypes.c_void_p)))
+
+
+def ggml_loads(path: Path) -> int:
+    """Load a GGUF file, with its data, by ggml's own reader; return the number of its tensors."""
+    library, context = ggml(), ctypes.c_void_p()
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_init_from_file.argtypes = [ctypes.c_char_p, _Context]
+    library.gguf_get_n_tensors.restype = ctypes.c_int64
+    library.gguf_get_n_tensors.argtypes = [ctypes.c_void_p]
+    file = library.gguf_init_from_file(bytes(path), _Context(False, ctypes.pointer(context)))
+    assert file, "ggml does not take the file"
+    return int(library.gguf_get_n_tensors(file))
+
+
 def ggml_quantize(weights: np.ndarray, kind: int, importance: np.ndarray | None) -> bytes:
     """Quantise rows all at once with ggml_quantize_chunk."""
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / f"libggml-base.{suffix}"))
-    chunk = library.ggml_quantize_chunk
+    chunk = ggml().ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     rows, width = weights.shape

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from lowfiles import floats, ggml_quantize, layout_of, wide_model
+from lowfiles import floats, ggml_loads, ggml_quantize, layout_of, wide_model
 from moefile import write_moe
 
 from hobbit.errors import ModelError
@@ -53,6 +53,7 @@ def test_ours_comes_back_and_is_what_llama_cpp_reads(layout: Layout, tmp_path: P
     assert list(tensors[f"{UP}.in_sum2"].shape) == [64, 4]
     assert list(tensors[f"{UP}.counts"].shape) == [1, 4]
     assert np.array_equal(tensors[f"{UP}.in_sum2"].data, measured(layout).sums[UP])
+    assert ggml_loads(path) == 2 * 6
 
 
 def legacy(path: Path, entries: dict[str, tuple[int, np.ndarray]]) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from lowfiles import layout_of
+from lowfiles import ggml_loads, layout_of
 from moefile import write_moe
 
 from hobbit.errors import ModelError
@@ -51,6 +51,7 @@ def test_it_is_a_gguf_of_the_experts_alone(model: Path) -> None:
     }.keys()
     assert 0.001 < value["hobbit.low.error.down"] < 0.02
     assert low.stat().st_size % 4096 == 0
+    assert ggml_loads(low) == 6
 
 
 def test_the_header_takes_the_errors_without_growing(model: Path) -> None:
@@ -128,6 +129,23 @@ def test_the_fingerprint_looks_into_every_part(tmp_path: Path) -> None:
         seen.add(fingerprint(open_gguf(first)))
         part.path.write_bytes(data)
     assert len(seen | {before}) == len(source.parts) + 1
+
+
+def test_the_samples_are_spread_over_all_parts_together(tmp_path: Path) -> None:
+    first = write_moe(tmp_path / "m.gguf", kind="Q8_0", tensors_per_part=5)
+    source = open_gguf(first)
+    before, last = fingerprint(source), source.parts[-1]
+    total = sum(part.size for part in source.parts)
+    places = [i * total // SAMPLES - (total - last.size) for i in range(SAMPLES)]
+    places = [place for place in places if place > last.data_offset]
+    assert len(places) > 5
+    for place in places:
+        data = last.path.read_bytes()
+        # The first byte of a sample counts; the one before it is between two samples.
+        for at, counts in ((place, True), (place - 1, False)):
+            last.path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            assert (fingerprint(source) != before) == counts, at
+        last.path.write_bytes(data)
 
 
 def test_a_pair_is_given_in_the_models_order(model: Path) -> None:

@@ -19,6 +19,7 @@ from lowfiles import floats, ggml_quantize, layout_of, wide_model
 from moefile import write_moe
 
 from hobbit import cli, low_writer
+from hobbit.calibration import path_of
 from hobbit.errors import HobbitError, ModelError, ReadError, UsageError
 from hobbit.gguf_file import GGML_TYPES, open_gguf
 from hobbit.importance import UNIFORM, Importance
@@ -167,17 +168,16 @@ def test_an_interrupted_run_is_continued(layout: Layout, dest: Path, tmp_path: P
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from hobbit import low_writer
 from hobbit.prepare import make_low
 from lowfiles import layout_of
 low_writer.UNIT_BYTES, low_writer.CHECKPOINT_S = 1000, 0
-calls = []
 def progress(stage, done, words):
-    calls.append(done)
-    if len(calls) == 25:
+    time.sleep(0.01)
+    if Path({dest!r} + ".part.journal").read_text().count("\\n") > 20:
         os.kill(os.getpid(), signal.SIGKILL)
 make_low(layout_of(Path({model!r})), Path({dest!r}), "q4_0", threads=2, progress=progress)
 """
@@ -300,6 +300,21 @@ def test_one_writer_at_a_time(layout: Layout, dest: Path) -> None:
     assert refusals
 
 
+def test_a_file_that_got_its_name_meanwhile_is_not_overwritten(
+    layout: Layout, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = low_writer.fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        """Lock, after the other run has finished."""
+        part_path(dest).replace(dest)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(low_writer.fcntl, "flock", flock)
+    with pytest.raises(HobbitError, match="another hobbit is writing it"):
+        make_low(layout, dest, "q4_0")
+
+
 def test_types_that_need_an_importance(
     tmp_path: Path, dest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +374,16 @@ def test_a_copy_is_made_once(layout: Layout, dest: Path) -> None:
         assert prepare(layout, dest, *options) is None
 
 
+def test_a_calibration_goes_with_the_copy_it_was_measured_of(layout: Layout, dest: Path) -> None:
+    prepare(layout, dest)
+    calibration = path_of(dest)
+    calibration.write_text("{}")
+    assert prepare(layout, dest) is None
+    assert calibration.exists()
+    assert prepare(layout, dest, "q5_0") is not None
+    assert not calibration.exists()
+
+
 def test_files_of_others_are_left_alone(model: Path, layout: Layout, dest: Path) -> None:
     dest.write_bytes(model.read_bytes())
     with pytest.raises(UsageError, match="exists and is no low copy made by hobbit"):
@@ -369,6 +394,8 @@ def test_files_of_others_are_left_alone(model: Path, layout: Layout, dest: Path)
             prepare(layout, model, force=force)
         with pytest.raises(UsageError, match="is a folder; name a file"):
             prepare(layout, model.parent, force=force)
+        with pytest.raises(UsageError, match="is not a regular file"):
+            prepare(layout, Path(os.devnull), force=force)
     assert prepare(layout, dest, force=True) is not None
 
 

@@ -1,5 +1,5 @@
-/* Expert layers as llama.cpp builds them, computed on weights that stream from a file or, to compare with, by the CPU
- * on the same weights in memory. */
+/* Expert layers as llama.cpp builds them, computed on weights that stream from a file (two files, with low copies) or,
+ * to compare with, by the CPU on the same weights in memory. */
 #ifndef LAYERS_H
 #define LAYERS_H
 
@@ -21,18 +21,18 @@ enum role { UP, GATE, DOWN, GATE_UP };
 /* What an architecture may do differently in its expert layers. */
 struct variant {
     const char *name;
-    enum ggml_type type;
+    enum ggml_type type, low_type;
     bool fused, gated, biased, scaled, weights_first;
     int n_used;
 };
 
 static const struct variant variants[] = {
-    {.name = "Q8_0", .type = GGML_TYPE_Q8_0, .gated = true, .n_used = 3},
-    {.name = "Q4_K, fused", .type = GGML_TYPE_Q4_K, .fused = true, .n_used = 2},
-    {.name = "Q6_K, biased", .type = GGML_TYPE_Q6_K, .gated = true, .biased = true, .n_used = 3},
-    {.name = "F16, no gate", .type = GGML_TYPE_F16, .n_used = 2},
-    {.name = "F32, scaled", .type = GGML_TYPE_F32, .gated = true, .scaled = true, .n_used = 2},
-    {.name = "Q8_0, weights first", .type = GGML_TYPE_Q8_0, .gated = true, .weights_first = true, .n_used = 1},
+    {.name = "Q8_0", .type = GGML_TYPE_Q8_0, .low_type = GGML_TYPE_Q4_0, .gated = true, .n_used = 3},
+    {.name = "Q4_K, fused", .type = GGML_TYPE_Q4_K, .low_type = GGML_TYPE_Q3_K, .fused = true, .n_used = 2},
+    {.name = "Q6_K, biased", .type = GGML_TYPE_Q6_K, .low_type = GGML_TYPE_Q4_1, .gated = true, .biased = true, .n_used = 3},
+    {.name = "F16, no gate", .type = GGML_TYPE_F16, .low_type = GGML_TYPE_Q8_0, .n_used = 2},
+    {.name = "F32, scaled", .type = GGML_TYPE_F32, .low_type = GGML_TYPE_F16, .gated = true, .scaled = true, .n_used = 2},
+    {.name = "Q8_0, weights first", .type = GGML_TYPE_Q8_0, .low_type = GGML_TYPE_Q4_0, .gated = true, .weights_first = true, .n_used = 1},
 };
 #ifdef __SANITIZE_THREAD__ /* slow, and threads do the same for all */
 enum { N_VARIANTS = 1 };
@@ -40,14 +40,17 @@ enum { N_VARIANTS = 1 };
 enum { N_VARIANTS = sizeof variants / sizeof variants[0] };
 #endif
 
-/* --- the weights: in a file, and in memory for the arm to compare with --- */
+/* --- the weights: in files, and in memory for the arm to compare with --- */
 
 static struct {
     const struct variant *variant;
-    const char *path;
-    uint64_t size;
-    char *data;
-    uint64_t offset[LAYERS][N_MATRICES]; /* 0: no such matrix */
+    struct {
+        enum ggml_type type;
+        const char *path;
+        uint64_t size;
+        char *data;
+        uint64_t offset[LAYERS][N_MATRICES]; /* 0: no such matrix */
+    } copies[HOBBIT_PRECISIONS];
     float bias[LAYERS][N_MATRICES][EXPERTS * 2 * FF];
 } file;
 
@@ -59,8 +62,8 @@ static inline int64_t rows_of(enum role role) {
     return role == GATE_UP ? 2 * FF : role == DOWN ? EMBD : FF;
 }
 
-static inline uint64_t expert_bytes(enum role role) {
-    return ggml_row_size(file.variant->type, EMBD) * (uint64_t) rows_of(role);
+static inline uint64_t expert_bytes(int precision, enum role role) {
+    return ggml_row_size(file.copies[precision].type, EMBD) * (uint64_t) rows_of(role);
 }
 
 static inline void random_floats(float *out, int64_t n, uint64_t *seed) {
@@ -75,37 +78,48 @@ static inline void add_matrix(int layer, enum role role, uint64_t *seed) {
     CHECK(values != NULL);
     random_floats(values, rows * EMBD, seed);
     random_floats(file.bias[layer][role], EXPERTS * rows_of(role), seed);
-    file.offset[layer][role] = file.size;
-    uint64_t bytes = expert_bytes(role) * EXPERTS;
-    file.data = realloc(file.data, file.size + bytes + 32);
-    CHECK(file.data != NULL);
-    CHECK_EQUAL(ggml_quantize_chunk(file.variant->type, values, file.data + file.size, 0, rows, EMBD, NULL), bytes);
-    memset(file.data + file.size + bytes, 0, 32); /* a gap, so that offsets are not all alike */
-    file.size += bytes + 32;
+    for (int p = 0; p < HOBBIT_PRECISIONS; p++) {
+        uint64_t bytes = expert_bytes(p, role) * EXPERTS, at = file.copies[p].size;
+        file.copies[p].offset[layer][role] = at;
+        file.copies[p].size += bytes + 32;
+        file.copies[p].data = realloc(file.copies[p].data, file.copies[p].size);
+        CHECK(file.copies[p].data != NULL);
+        char *data = file.copies[p].data + at;
+        CHECK_EQUAL(ggml_quantize_chunk(file.copies[p].type, values, data, 0, rows, EMBD, NULL), bytes);
+        memset(data + bytes, 0, 32); /* a gap, so that offsets are not all alike */
+    }
     free(values);
 }
 
 static inline void make_weights(const struct variant *v) {
     uint64_t seed = 11;
     file.variant = v;
-    file.size = 96;
-    file.data = calloc(1, file.size);
+    memset(file.copies, 0, sizeof file.copies);
+    for (int p = 0; p < HOBBIT_PRECISIONS; p++) {
+        file.copies[p].type = p == HOBBIT_LOW ? v->low_type : v->type;
+        file.copies[p].size = 96;
+        file.copies[p].data = calloc(1, file.copies[p].size);
+    }
     for (int layer = 0; layer < LAYERS; layer++) {
         for (enum role role = UP; role <= GATE_UP; role++) {
-            file.offset[layer][role] = 0;
             if (has(v, role)) {
                 add_matrix(layer, role, &seed);
             }
         }
     }
-    file.path = file_make(1);
-    FILE *out = fopen(file.path, "wb");
-    CHECK(out != NULL && fwrite(file.data, 1, file.size, out) == file.size && fclose(out) == 0);
+    for (int p = 0; p < HOBBIT_PRECISIONS; p++) {
+        file.copies[p].path = file_make(1);
+        FILE *out = fopen(file.copies[p].path, "wb");
+        CHECK(out != NULL && fwrite(file.copies[p].data, 1, file.copies[p].size, out) == file.copies[p].size &&
+              fclose(out) == 0);
+    }
 }
 
 static inline void free_weights(void) {
-    free(file.data);
-    file.data = NULL;
+    for (int p = 0; p < HOBBIT_PRECISIONS; p++) {
+        free(file.copies[p].data);
+        file.copies[p].data = NULL;
+    }
     files_remove();
 }
 
@@ -118,6 +132,8 @@ struct arm {
     struct ggml_context *weights_ctx, *bias_ctx;
     ggml_backend_buffer_t weights_buffer, bias_buffer;
     struct ggml_tensor *weights[LAYERS][N_MATRICES], *biases[LAYERS][N_MATRICES];
+    struct ggml_tensor *low_weights[LAYERS][N_MATRICES]; /* of the arm to compare with */
+    const uint8_t (*mixture)[MAX_USED * MAX_TOKENS];     /* the precision of each pair; NULL: all high */
     ggml_backend_t backends[2];
     ggml_backend_sched_t sched;
 };
@@ -128,35 +144,63 @@ static inline struct ggml_context *new_context(void) {
     return ctx;
 }
 
-static inline struct hobbit_model *open_model(int32_t io, int32_t n_slots, const int32_t *cancelled) {
+/* Slots of the cache. Without low ones the model has no low copies; with them they share their bytes. */
+struct room {
+    int32_t high, low;
+};
+
+static inline int32_t at_most(uint64_t n, int32_t limit) {
+    return n < (uint64_t) limit ? (int32_t) n : limit;
+}
+
+static inline void allocate(struct hobbit_model *m, struct room room) {
+    struct hobbit_pool pool = {0};
+    for (int p = 0; p < HOBBIT_PRECISIONS; p++) {
+        for (int layer = 0; layer < LAYERS; layer++) {
+            uint64_t bytes = hobbit_model_slot_bytes(m, layer, p);
+            pool.slot_bytes[p] = bytes > pool.slot_bytes[p] ? bytes : pool.slot_bytes[p];
+        }
+    }
+    uint64_t high = pool.slot_bytes[HOBBIT_HIGH], low = pool.slot_bytes[HOBBIT_LOW];
+    pool.bytes = (uint64_t) room.high * high + (uint64_t) room.low * low;
+    pool.n_slots[HOBBIT_HIGH] = at_most(pool.bytes / high, LAYERS * EXPERTS);
+    pool.n_slots[HOBBIT_LOW] = low > 0 ? at_most(pool.bytes / low, LAYERS * EXPERTS) : 0;
+    char err[256];
+    CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[LAYERS]) {0}, err, sizeof err), HOBBIT_OK);
+}
+
+static inline struct hobbit_model *open_model(int32_t io, struct room room, bool with_low, const int32_t *cancelled) {
     static const struct hobbit_group groups[LAYERS] = {{0, EXPERTS}, {1, EXPERTS}};
-    struct hobbit_matrix matrices[LAYERS * N_MATRICES];
-    char names[LAYERS * N_MATRICES][16], err[256];
+    struct hobbit_matrix matrices[LAYERS * HOBBIT_PRECISIONS * N_MATRICES];
+    char names[LAYERS * HOBBIT_PRECISIONS * N_MATRICES][16], err[256];
     int32_t n = 0;
     for (int layer = 0; layer < LAYERS; layer++) {
-        for (enum role role = UP; role <= GATE_UP; role++) {
-            if (has(file.variant, role)) {
-                snprintf(names[n], sizeof names[n], "%d.%d", layer, role);
-                matrices[n] = (struct hobbit_matrix) {names[n], layer, 0, (int32_t) file.variant->type, EMBD,
-                                                      rows_of(role), file.offset[layer][role], expert_bytes(role)};
-                n++;
+        for (int p = 0; p <= with_low; p++) {
+            for (enum role role = UP; role <= GATE_UP; role++) {
+                if (has(file.variant, role)) {
+                    snprintf(names[n], sizeof names[n], "%d.%d", layer, role);
+                    matrices[n] = (struct hobbit_matrix) {names[n], layer, p, p, (int32_t) file.copies[p].type, EMBD,
+                                                          rows_of(role), file.copies[p].offset[layer][role],
+                                                          expert_bytes(p, role)};
+                    n++;
+                }
             }
         }
     }
+    const struct hobbit_file files[] = {{file.copies[HOBBIT_HIGH].path, file.copies[HOBBIT_HIGH].size},
+                                        {file.copies[HOBBIT_LOW].path, file.copies[HOBBIT_LOW].size}};
     struct hobbit_options options = {
-        .files = &(struct hobbit_file) {file.path, file.size}, .n_files = 1, .matrices = matrices, .n_matrices = n,
+        .files = files, .n_files = 1 + with_low, .matrices = matrices, .n_matrices = n,
         .groups = groups, .n_groups = LAYERS, .io = io, .io_threads = 1, .cancelled = cancelled,
         .extents = &(struct hobbit_extent) {.length = 1, .source = HOBBIT_SOURCE_HOLE}, .n_extents = 1,
     };
     struct hobbit_model *m = NULL;
     CHECK_EQUAL(hobbit_model_open(&options, &m, err, sizeof err), HOBBIT_OK);
-    uint64_t a = hobbit_model_slot_bytes(m, 0), b = hobbit_model_slot_bytes(m, 1);
-    struct hobbit_pool pool = {n_slots, a > b ? a : b};
-    CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[LAYERS]) {0}, err, sizeof err), HOBBIT_OK);
+    allocate(m, room);
     return m;
 }
 
-static inline void make_tensors(struct arm *arm) {
+static inline void make_tensors(struct arm *arm, bool in_memory) {
     arm->weights_ctx = new_context();
     arm->bias_ctx = new_context();
     for (int layer = 0; layer < LAYERS; layer++) {
@@ -164,22 +208,40 @@ static inline void make_tensors(struct arm *arm) {
             if (!has(file.variant, role)) {
                 continue;
             }
-            int64_t rows = rows_of(role);
-            struct ggml_tensor *w = ggml_new_tensor_3d(arm->weights_ctx, file.variant->type, EMBD, rows, EXPERTS);
+            int64_t rows = rows_of(role), n_expert = EXPERTS + in_memory; /* and one for the pairs of others */
+            struct ggml_tensor *w = ggml_new_tensor_3d(arm->weights_ctx, file.variant->type, EMBD, rows, n_expert);
             ggml_format_name(w, "%d.%d", layer, role);
             arm->weights[layer][role] = w;
-            arm->biases[layer][role] = ggml_new_tensor_2d(arm->bias_ctx, GGML_TYPE_F32, rows, EXPERTS);
+            if (in_memory) {
+                arm->low_weights[layer][role] =
+                    ggml_new_tensor_3d(arm->weights_ctx, file.variant->low_type, EMBD, rows, n_expert);
+            }
+            arm->biases[layer][role] = ggml_new_tensor_2d(arm->bias_ctx, GGML_TYPE_F32, rows, n_expert);
         }
+    }
+}
+
+static inline void fill_tensor(struct ggml_tensor *t, const void *data, size_t bytes) {
+    ggml_backend_tensor_set(t, data, 0, bytes);
+    if (ggml_nbytes(t) > bytes) {
+        ggml_backend_tensor_set(t, data, bytes, ggml_nbytes(t) - bytes);
     }
 }
 
 static inline void fill_tensors(struct arm *arm) {
     for (int layer = 0; layer < LAYERS; layer++) {
         for (enum role role = UP; role <= GATE_UP; role++) {
-            if (has(file.variant, role)) {
-                struct ggml_tensor *w = arm->weights[layer][role], *b = arm->biases[layer][role];
-                ggml_backend_tensor_set(w, file.data + file.offset[layer][role], 0, ggml_nbytes(w));
-                ggml_backend_tensor_set(b, file.bias[layer][role], 0, ggml_nbytes(b));
+            if (!has(file.variant, role)) {
+                continue;
+            }
+            fill_tensor(arm->biases[layer][role], file.bias[layer][role],
+                        (size_t) (EXPERTS * rows_of(role)) * sizeof(float));
+            for (int p = 0; p < HOBBIT_PRECISIONS; p++) {
+                struct ggml_tensor *w = (p == HOBBIT_LOW ? arm->low_weights : arm->weights)[layer][role];
+                if (w != NULL) {
+                    fill_tensor(w, file.copies[p].data + file.copies[p].offset[layer][role],
+                                EXPERTS * expert_bytes(p, role));
+                }
             }
         }
     }
@@ -214,14 +276,13 @@ static inline void add_backends(struct arm *arm) {
     set_threads(arm, 1);
 }
 
-/* `n_slots` of the cache; 0: weights in memory, on the CPU alone. */
-static inline struct arm *open_arm(int32_t n_slots, int32_t io) {
+static inline struct arm *open_any_arm(struct room room, bool with_low, int32_t io) {
     struct arm *arm = calloc(1, sizeof *arm);
     CHECK(arm != NULL);
-    make_tensors(arm);
+    make_tensors(arm, room.high == 0);
     ggml_backend_buffer_type_t type = ggml_backend_cpu_buffer_type();
-    if (n_slots > 0) {
-        arm->model = open_model(io, n_slots, &arm->cancelled);
+    if (room.high > 0) {
+        arm->model = open_model(io, room, with_low, &arm->cancelled);
         type = arm->buffer_type = hobbit_buffer_type_new(arm->model);
     }
     arm->weights_buffer = ggml_backend_alloc_ctx_tensors_from_buft(arm->weights_ctx, type);
@@ -235,6 +296,16 @@ static inline struct arm *open_arm(int32_t n_slots, int32_t io) {
     fill_tensors(arm);
     add_backends(arm);
     return arm;
+}
+
+/* `n_slots` of the cache; 0: weights in memory, on the CPU alone. */
+static inline struct arm *open_arm(int32_t n_slots, int32_t io) {
+    return open_any_arm((struct room) {n_slots, 0}, false, io);
+}
+
+/* Of two precisions. */
+static inline struct arm *open_mixed_arm(struct room room, int32_t io) {
+    return open_any_arm(room, true, io);
 }
 
 static inline void close_arm(struct arm *arm) {
@@ -262,48 +333,110 @@ struct input {
     int32_t table[EXPERTS * MAX_TOKENS]; /* experts by rank; the first n_used of each token are used */
 };
 
-static inline struct ggml_tensor *multiply(struct ggml_context *ctx, const struct arm *arm, int layer, enum role role,
-                                           struct ggml_tensor *x, struct ggml_tensor *ids,
-                                           struct ggml_tensor *scales) {
-    struct ggml_tensor *y = ggml_mul_mat_id(ctx, arm->weights[layer][role], x, ids);
+/* The experts of one layer, in one precision. */
+struct layer {
+    struct ggml_context *ctx;
+    const struct arm *arm;
+    int index;
+    struct ggml_tensor *ids, *weights;
+    bool low;
+};
+
+static inline struct ggml_tensor *multiply(const struct layer *l, enum role role, struct ggml_tensor *x) {
+    struct ggml_tensor *w = (l->low ? l->arm->low_weights : l->arm->weights)[l->index][role];
+    struct ggml_tensor *y = ggml_mul_mat_id(l->ctx, w, x, l->ids);
     if (file.variant->scaled) {
-        y = ggml_mul(ctx, y, scales);
+        y = ggml_mul(l->ctx, y, l->weights);
     }
-    return file.variant->biased ? ggml_add_id(ctx, y, arm->biases[layer][role], ids) : y;
+    return file.variant->biased ? ggml_add_id(l->ctx, y, l->arm->biases[l->index][role], l->ids) : y;
 }
 
-static inline struct ggml_tensor *activate(struct ggml_context *ctx, const struct arm *arm, int layer,
-                                           struct ggml_tensor *x, struct ggml_tensor *ids,
-                                           struct ggml_tensor *scales) {
+static inline struct ggml_tensor *activate(const struct layer *l, struct ggml_tensor *x) {
     const struct variant *v = file.variant;
+    struct ggml_context *ctx = l->ctx;
     if (v->fused) {
-        struct ggml_tensor *both = multiply(ctx, arm, layer, GATE_UP, x, ids, scales);
+        struct ggml_tensor *both = multiply(l, GATE_UP, x);
         struct ggml_tensor *gate = ggml_view_3d(ctx, both, FF, both->ne[1], both->ne[2], both->nb[1], both->nb[2], 0);
         struct ggml_tensor *up = ggml_view_3d(ctx, both, FF, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                                               FF * sizeof(float));
         return ggml_swiglu_split(ctx, gate, up);
     }
-    struct ggml_tensor *up = multiply(ctx, arm, layer, UP, x, ids, scales);
+    struct ggml_tensor *up = multiply(l, UP, x);
     if (!v->gated) {
         return ggml_sqr(ctx, ggml_relu(ctx, up));
     }
-    return ggml_swiglu_split(ctx, multiply(ctx, arm, layer, GATE, x, ids, scales), up);
+    return ggml_swiglu_split(ctx, multiply(l, GATE, x), up);
+}
+
+/* What each pair adds, [EMBD, n_used, n_tokens]. */
+static inline struct ggml_tensor *experts(const struct layer *l, struct ggml_tensor *x) {
+    struct ggml_tensor *cur = multiply(l, DOWN, activate(l, x));
+    if (!file.variant->weights_first) {
+        cur = ggml_mul(l->ctx, cur, l->weights);
+        ggml_format_name(cur, "ffn_moe_weighted-%d", l->index);
+    }
+    return cur;
+}
+
+/* A ggml_custom2_op_t: of each pair its row of the high or low result, or zeros. `data` has a precision a pair. */
+static inline void mix(struct ggml_tensor *dst, const struct ggml_tensor *high, const struct ggml_tensor *low, int ith,
+                       int nth, void *data) {
+    const uint8_t *precisions = data;
+    size_t row = EMBD * sizeof(float);
+    (void) ith, (void) nth;
+    for (int64_t i = 0; i < dst->ne[1] * dst->ne[2]; i++) {
+        char *to = (char *) dst->data + (size_t) i * row;
+        if (precisions[i] == HOBBIT_SKIP) {
+            memset(to, 0, row);
+        } else {
+            memcpy(to, (char *) (precisions[i] == HOBBIT_LOW ? low : high)->data + (size_t) i * row, row);
+        }
+    }
+}
+
+/* ggml_custom1_op_ts: the pairs of other precisions go to an expert of their own, as ggml's kernels may depend on the
+ * number of rows that an expert has. */
+static inline void pick(struct ggml_tensor *dst, const struct ggml_tensor *ids, const uint8_t *precisions, int which) {
+    int32_t *to = dst->data;
+    for (int64_t i = 0; i < ids->ne[0] * ids->ne[1]; i++) {
+        const char *row = (const char *) ids->data + (size_t) (i / ids->ne[0]) * ids->nb[1];
+        to[i] = precisions[i] == which ? ((const int32_t *) row)[i % ids->ne[0]] : EXPERTS;
+    }
+}
+
+static inline void pick_high(struct ggml_tensor *dst, const struct ggml_tensor *ids, int ith, int nth, void *data) {
+    (void) ith, (void) nth;
+    pick(dst, ids, data, HOBBIT_HIGH);
+}
+
+static inline void pick_low(struct ggml_tensor *dst, const struct ggml_tensor *ids, int ith, int nth, void *data) {
+    (void) ith, (void) nth;
+    pick(dst, ids, data, HOBBIT_LOW);
+}
+
+/* The high pairs with the high stack, the low pairs with the low one, and their rows put together. */
+static inline struct ggml_tensor *mixed_experts(struct layer *l, struct ggml_tensor *x) {
+    struct ggml_tensor *ids = l->ids;
+    void *precisions = (void *) (uintptr_t) l->arm->mixture[l->index];
+    l->ids = ggml_map_custom1(l->ctx, ids, pick_high, 1, precisions);
+    struct ggml_tensor *high = experts(l, x);
+    l->ids = ggml_map_custom1(l->ctx, ids, pick_low, 1, precisions);
+    l->low = true;
+    return ggml_map_custom2(l->ctx, high, experts(l, x), mix, 1, precisions);
 }
 
 static inline struct ggml_tensor *moe_layer(struct ggml_context *ctx, struct ggml_cgraph *graph, const struct arm *arm,
                                             int layer, struct ggml_tensor *x, struct ggml_tensor *ids,
                                             struct ggml_tensor *weights) {
     const struct variant *v = file.variant;
+    struct layer l = {ctx, arm, layer, ids, weights, false};
     int64_t n_tokens = x->ne[1];
     struct ggml_tensor *cur = ggml_reshape_3d(ctx, ggml_rms_norm(ctx, x, 1e-6f), EMBD, 1, n_tokens);
     if (v->weights_first) {
         cur = ggml_mul(ctx, ggml_repeat_4d(ctx, cur, EMBD, v->n_used, n_tokens, 1), weights);
+        ggml_format_name(cur, "ffn_moe_weighted-%d", layer);
     }
-    cur = activate(ctx, arm, layer, cur, ids, weights);
-    cur = multiply(ctx, arm, layer, DOWN, cur, ids, weights);
-    if (!v->weights_first) {
-        cur = ggml_mul(ctx, cur, weights);
-    }
+    cur = arm->mixture != NULL ? mixed_experts(&l, cur) : experts(&l, cur);
     ggml_build_forward_expand(graph, cur);
     struct ggml_tensor *sum = x;
     for (int i = 0; i < v->n_used; i++) {

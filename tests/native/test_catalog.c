@@ -1,4 +1,5 @@
-/* Description: the catalog lays slots out for direct reads and refuses descriptions that do not fit the files. */
+/* Description: the catalog lays slots out for direct reads and refuses descriptions that do not fit the files, or low
+ * copies that do not fit the high ones. */
 #include "catalog.h"
 
 #include "faults.h"
@@ -32,10 +33,27 @@ static void describe(void) {
                                        .n_matrices = 5, .n_groups = 2, .io = HOBBIT_IO_AUTO};
 }
 
-static void check_slot(const struct hb_catalog *c, const struct hb_group *g) {
+/* And low copies of the first group, in other types and sizes. */
+static void describe_low(void) {
+    const struct hobbit_matrix low[] = {
+        {.name = "a.up", .precision = HOBBIT_LOW, .file = 1, .type = 2, .ne0 = 64, .ne1 = 32, .offset = 100032,
+         .expert_bytes = 1024},
+        {.name = "a.gate", .precision = HOBBIT_LOW, .file = 0, .type = 3, .ne0 = 64, .ne1 = 32, .offset = 150001,
+         .expert_bytes = 4096},
+        {.name = "a.down", .precision = HOBBIT_LOW, .file = 1, .type = 2, .ne0 = 32, .ne1 = 64,
+         .offset = FILE_SIZE - 4 * 777, .expert_bytes = 777}, /* ends with the file */
+    };
+    describe();
+    memcpy(matrices + 5, low, sizeof low);
+    options.n_matrices = 8;
+}
+
+static void check_slot(const struct hb_catalog *c, const struct hb_copy *g) {
     uint64_t end = 0, bytes = 0;
     for (int i = 0; i < g->n_matrices; i++) {
         const struct hb_matrix *m = g->matrices[i];
+        CHECK_EQUAL(m->role, i);
+        CHECK(&c->groups[m->group].copies[m->precision] == g);
         const struct hb_file *file = &c->files[m->file];
         uint64_t lead = m->bounce ? 0 : m->offset % file->align;
         uint64_t tail = (file->align - (m->offset + m->expert_bytes) % file->align) % file->align;
@@ -57,9 +75,14 @@ static void slots_have_room_for_aligned_reads(void) {
         options.io = io;
         CHECK_EQUAL(hb_catalog_open(&c, &options, err, sizeof err), HOBBIT_OK);
         CHECK(c.n_groups == 2 && c.n_matrices == 5 && c.n_files == 2);
-        CHECK(c.groups[0].n_matrices == 3 && c.groups[1].n_matrices == 2);
-        check_slot(&c, &c.groups[0]);
-        check_slot(&c, &c.groups[1]);
+        for (int g = 0; g < 2; g++) {
+            const struct hb_copy *copies = c.groups[g].copies;
+            CHECK_EQUAL(copies[HOBBIT_HIGH].n_matrices, g == 0 ? 3 : 2);
+            check_slot(&c, &copies[HOBBIT_HIGH]);
+            CHECK_EQUAL(copies[HOBBIT_LOW].n_matrices, 0);
+            CHECK_EQUAL(copies[HOBBIT_LOW].slot_bytes, 0);
+            CHECK_EQUAL(copies[HOBBIT_LOW].expert_bytes, 0);
+        }
         CHECK(io != HOBBIT_IO_BUFFERED || !c.files[0].direct);
         hb_catalog_close(&c);
         hb_catalog_close(&c); /* closed is empty */
@@ -89,6 +112,11 @@ static void refuse(enum hobbit_status expected, const char *reason) {
     CHECK(c.files == NULL && c.matrices == NULL && c.groups == NULL && c.paths == NULL);
     CHECK_EQUAL(files_open(), open_before);
     describe();
+}
+
+static void refuse_low(const char *reason) {
+    refuse(HOBBIT_FORMAT, reason);
+    describe_low();
 }
 
 static void missing_files_are_named(void) {
@@ -154,17 +182,94 @@ static void a_group_has_room_for_four_matrices(void) {
     options.n_matrices = 6;
     struct hb_catalog c;
     CHECK_EQUAL(hb_catalog_open(&c, &options, err, sizeof err), HOBBIT_OK);
-    check_slot(&c, &c.groups[0]);
+    check_slot(&c, &c.groups[0].copies[HOBBIT_HIGH]);
     hb_catalog_close(&c);
     options.n_matrices = 7;
     refuse(HOBBIT_FORMAT, "a.more");
+}
+
+static void low_copies_are_laid_out_beside_the_high_ones(void) {
+    for (int32_t io = HOBBIT_IO_AUTO; io <= HOBBIT_IO_BUFFERED; io += 2) {
+        struct hb_catalog alone, c;
+        describe();
+        options.io = io;
+        CHECK_EQUAL(hb_catalog_open(&alone, &options, err, sizeof err), HOBBIT_OK);
+        describe_low();
+        options.io = io;
+        CHECK_EQUAL(hb_catalog_open(&c, &options, err, sizeof err), HOBBIT_OK);
+        const struct hb_copy *copies = c.groups[0].copies;
+        CHECK(copies[HOBBIT_HIGH].n_matrices == 3 && copies[HOBBIT_LOW].n_matrices == 3);
+        for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+            check_slot(&c, &copies[p]);
+            for (int i = 0; i < 3; i++) {
+                const struct hobbit_matrix *from = &matrices[p == HOBBIT_LOW ? 5 + i : i];
+                const struct hb_matrix *m = copies[p].matrices[i];
+                CHECK(m == &c.matrices[p == HOBBIT_LOW ? 5 + i : i]); /* their numbers stay */
+                CHECK(strcmp(m->name, from->name) == 0 && m->file == from->file && m->type == from->type);
+                CHECK(m->offset == from->offset && m->expert_bytes == from->expert_bytes && m->precision == p);
+            }
+        }
+        CHECK_EQUAL(copies[HOBBIT_HIGH].slot_bytes, alone.groups[0].copies[HOBBIT_HIGH].slot_bytes);
+        CHECK_EQUAL(copies[HOBBIT_LOW].expert_bytes, 1024 + 4096 + 777);
+        CHECK_EQUAL(c.groups[1].copies[HOBBIT_LOW].n_matrices, 0);
+        CHECK_EQUAL(c.groups[1].copies[HOBBIT_LOW].slot_bytes, 0);
+        CHECK(hb_catalog_find(&c, "a.up") == &c.matrices[0]); /* the high one of two of that name */
+        CHECK(hb_catalog_find(&c, "a.down") == &c.matrices[2]);
+        hb_catalog_close(&c);
+        hb_catalog_close(&alone);
+    }
+}
+
+static void low_copies_have_to_fit_the_high_ones(void) {
+    describe_low();
+    matrices[5].name = "a.upp";
+    refuse_low("a.upp");
+    matrices[6].name = "b.up"; /* of another group */
+    refuse_low("b.up");
+    matrices[7].ne0 = 64;
+    refuse_low("a.down");
+    matrices[7].ne1 = 32;
+    refuse_low("a.down");
+    struct hobbit_matrix first = matrices[5];
+    matrices[5] = matrices[6]; /* another order than the high ones */
+    matrices[6] = first;
+    refuse_low("a.gate");
+    options.n_matrices = 7; /* one is missing */
+    refuse_low("layer 0");
+    options.n_matrices = 6;
+    refuse_low("layer 0");
+    matrices[7].precision = HOBBIT_HIGH; /* after low ones */
+    refuse_low("a.down");
+    matrices[7].precision = HOBBIT_SKIP;
+    refuse_low("a.down");
+    matrices[7].precision = -1;
+    refuse_low("a.down");
+    matrices[2].precision = HOBBIT_LOW; /* before its high one */
+    refuse_low("a.down");
+    matrices[0].precision = HOBBIT_LOW; /* before all */
+    refuse_low("a.up");
+    matrices[3] = matrices[7]; /* all of a group's are low */
+    matrices[3].group = matrices[4].group = 1;
+    matrices[4].precision = HOBBIT_LOW;
+    refuse_low("a.down");
+    matrices[7].offset++; /* one byte too far */
+    refuse_low("a.down");
+    matrices[7].expert_bytes = 0;
+    refuse_low("a.down");
+    struct hobbit_matrix more[9]; /* than there are high ones */
+    memcpy(more, matrices, sizeof matrices);
+    more[8] = matrices[5];
+    more[8].name = "a.more";
+    options.matrices = more;
+    options.n_matrices = 9;
+    refuse_low("a.more");
 }
 
 static void every_failed_allocation_is_survived(void) {
     int open_before = files_open();
     struct hb_catalog c;
     enum hobbit_status status = HOBBIT_NOMEM;
-    describe();
+    describe_low();
     options.io = HOBBIT_IO_BUFFERED; /* a failed probe would only turn direct reads off */
     for (int n = 1; status == HOBBIT_NOMEM; n++) {
         atomic_store(&faults_allocation, n);
@@ -186,6 +291,8 @@ int main(void) {
     RUN(direct_reads_can_be_demanded);
     RUN(hostile_descriptions_are_refused);
     RUN(a_group_has_room_for_four_matrices);
+    RUN(low_copies_are_laid_out_beside_the_high_ones);
+    RUN(low_copies_have_to_fit_the_high_ones);
     RUN(every_failed_allocation_is_survived);
     return 0;
 }

@@ -1,7 +1,10 @@
-/* Description: one streamed model from open to close: its bytes, its failures, and that neither leaves a trace. */
+/* Description: one streamed model from open to close: its bytes, its failures, that neither leaves a trace, and how
+ * copies of two precisions stand in for one another. */
 #include "model.h"
 
 #include <errno.h>
+#include <math.h>
+#include <sys/mman.h>
 
 #include "faults.h"
 #include "files.h"
@@ -13,12 +16,17 @@ static const char *paths[2];
 static struct hobbit_file files[2];
 static char err[256];
 
-/* Group 0 spans both files; group 1's experts are an odd distance apart; their slots differ in size. */
+/* Group 0 spans both files; group 1's experts are an odd distance apart; their slots differ in size. The last two are
+ * low copies of group 0. */
 static const struct hobbit_matrix matrices[] = {
     {.name = "a.up", .group = 0, .file = 0, .ne0 = 8, .ne1 = 8, .offset = 10016, .expert_bytes = 8192},
     {.name = "a.down", .group = 0, .file = 1, .ne0 = 8, .ne1 = 8, .offset = 333, .expert_bytes = 20480},
     {.name = "b.up", .group = 1, .file = 1, .ne0 = 8, .ne1 = 8, .offset = 200032, .expert_bytes = 3001},
+    {.name = "a.up", .precision = HOBBIT_LOW, .file = 1, .ne0 = 8, .ne1 = 8, .offset = 300111, .expert_bytes = 999},
+    {.name = "a.down", .precision = HOBBIT_LOW, .file = 0, .ne0 = 8, .ne1 = 8, .offset = 400384,
+     .expert_bytes = 8192},
 };
+enum { HIGH_BYTES = 8192 + 20480, LOW_BYTES = 999 + 8192 };
 static const struct hobbit_group groups[] = {{.layer = 0, .n_expert = EXPERTS}, {.layer = 1, .n_expert = EXPERTS}};
 static const struct hobbit_extent extents[] = {
     {.offset = 0, .length = 6, .source = HOBBIT_SOURCE_MEMORY, .file = -1, .data = "header"},
@@ -32,17 +40,26 @@ static struct hobbit_options describe(int32_t io) {
                                     .io_threads = 2};
 }
 
-static struct hobbit_model *open_model(int32_t io) {
-    struct hobbit_options options = describe(io);
+static struct hobbit_model *open_described(struct hobbit_options options) {
     struct hobbit_model *m = NULL;
     CHECK_EQUAL(hobbit_model_open(&options, &m, err, sizeof err), HOBBIT_OK);
     CHECK(m != NULL && !hb_model_ready(m));
     return m;
 }
 
+/* Without low copies. */
+static struct hobbit_model *open_model(int32_t io) {
+    return open_described(describe(io));
+}
+
+static struct hobbit_pool plain(int32_t slots, uint64_t slot_bytes) {
+    return (struct hobbit_pool) {.bytes = (uint64_t) slots * slot_bytes, .slot_bytes = {slot_bytes, 0},
+                                 .n_slots = {slots, 0}};
+}
+
 static int32_t allocate(struct hobbit_model *m, int32_t slots_a, int32_t slots_b) {
-    const struct hobbit_pool pools[] = {{slots_a, hobbit_model_slot_bytes(m, 0)},
-                                        {slots_b, hobbit_model_slot_bytes(m, 1)}};
+    const struct hobbit_pool pools[] = {plain(slots_a, hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH)),
+                                        plain(slots_b, hobbit_model_slot_bytes(m, 1, HOBBIT_HIGH))};
     return hobbit_model_allocate(m, pools, 2, (int32_t[]) {0, 1}, err, sizeof err);
 }
 
@@ -53,14 +70,37 @@ static struct hobbit_model *ready_model(int32_t io, int32_t slots) {
     return m;
 }
 
-static bool slot_holds(struct hobbit_model *m, int32_t group, int32_t expert, int32_t slot) {
-    const struct hb_group *g = &hb_model_catalog(m)->groups[group];
-    struct hb_arena arena = hb_model_arena(m, group);
-    bool same = slot < arena.n_slots;
+/* A pool for the high and low copies of group 0, and one for group 1, which has no low ones. */
+static struct hobbit_model *mixed_model(uint64_t bytes) {
+    struct hobbit_options options = describe(HOBBIT_IO_AUTO);
+    options.n_matrices = 5;
+    struct hobbit_model *m = open_described(options);
+    uint64_t high = hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH), low = hobbit_model_slot_bytes(m, 0, HOBBIT_LOW);
+    CHECK(high > low && low >= LOW_BYTES && hobbit_model_slot_bytes(m, 1, HOBBIT_LOW) == 0);
+    int32_t n_high = bytes / high < EXPERTS ? (int32_t) (bytes / high) : EXPERTS;
+    int32_t n_low = bytes / low < EXPERTS ? (int32_t) (bytes / low) : EXPERTS;
+    const struct hobbit_pool pools[] = {{.bytes = bytes, .slot_bytes = {high, low}, .n_slots = {n_high, n_low}},
+                                        plain(2, hobbit_model_slot_bytes(m, 1, HOBBIT_HIGH))};
+    CHECK_EQUAL(hobbit_model_allocate(m, pools, 2, (int32_t[]) {0, 1}, err, sizeof err), HOBBIT_OK);
+    return m;
+}
+
+static struct hb_key high(int32_t group, int32_t expert) {
+    return (struct hb_key) {group, expert, HOBBIT_HIGH};
+}
+
+static struct hb_key low(int32_t expert) {
+    return (struct hb_key) {0, expert, HOBBIT_LOW};
+}
+
+static bool slot_holds(struct hobbit_model *m, struct hb_key key, int32_t slot) {
+    const struct hb_copy *g = &hb_model_catalog(m)->groups[key.group].copies[key.precision];
+    struct hb_arena arena = hb_model_arena(m, key.group, key.precision);
+    bool same = slot < arena.n_slots && g->n_matrices > 0;
     for (int32_t i = 0; i < g->n_matrices; i++) {
         const struct hb_matrix *matrix = g->matrices[i];
         const char *data = arena.base + (uint64_t) slot * arena.slot_bytes + matrix->slot_offset;
-        same = same && file_equals(data, matrix->offset + (uint64_t) expert * matrix->expert_bytes,
+        same = same && file_equals(data, matrix->offset + (uint64_t) key.expert * matrix->expert_bytes,
                                    matrix->expert_bytes);
     }
     return same;
@@ -102,15 +142,19 @@ static void the_description_is_checked(void) {
 
 static void the_arena_is_checked(void) {
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
-    uint64_t a = hobbit_model_slot_bytes(m, 0), b = hobbit_model_slot_bytes(m, 1);
+    uint64_t a = hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH), b = hobbit_model_slot_bytes(m, 1, HOBBIT_HIGH);
     CHECK(a > b && b >= 3001);
-    const struct hobbit_pool small[] = {{2, b}, {2, b}}, odd[] = {{2, a + 1}, {2, b}}, none[] = {{0, a}, {2, b}};
-    const struct hobbit_pool huge[] = {{1 << 30, (uint64_t) 1 << 34}, {2, b}}; /* the product is 0 */
-    const struct hobbit_pool *wrong[] = {small, odd, none, huge};
-    for (int i = 0; i < 4; i++) {
-        CHECK_EQUAL(hobbit_model_allocate(m, wrong[i], 2, (int32_t[]) {0, 1}, err, sizeof err), HOBBIT_ARG);
+    CHECK(hobbit_model_slot_bytes(m, 0, HOBBIT_LOW) == 0 && hobbit_model_slot_bytes(m, 1, HOBBIT_LOW) == 0);
+    const struct hobbit_pool small = plain(2, b), odd = plain(2, a + 1), none = plain(0, a);
+    const struct hobbit_pool huge = {2 * a, {(uint64_t) 1 << 34, 0}, {1 << 30, 0}}; /* the product is 0 */
+    const struct hobbit_pool short_of_bytes = {2 * a - 1, {a, 0}, {2, 0}}, negative = {2 * a, {a, 0}, {2, -1}};
+    const struct hobbit_pool empty = {a, {a, 0}, {0, 0}}, wraps = {UINT64_MAX, {a, 0}, {2, 0}};
+    const struct hobbit_pool *wrong[] = {&small, &odd, &none, &huge, &short_of_bytes, &negative, &empty, &wraps};
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        const struct hobbit_pool pools[] = {*wrong[i], plain(2, b)};
+        CHECK_EQUAL(hobbit_model_allocate(m, pools, 2, (int32_t[]) {0, 1}, err, sizeof err), HOBBIT_ARG);
     }
-    const struct hobbit_pool good[] = {{2, a}};
+    const struct hobbit_pool good[] = {plain(2, a)};
     CHECK_EQUAL(hobbit_model_allocate(m, good, 1, (int32_t[]) {0, 1}, err, sizeof err), HOBBIT_ARG);
     CHECK_EQUAL(hobbit_model_allocate(m, good, 1, (int32_t[]) {-1, 0}, err, sizeof err), HOBBIT_ARG);
     CHECK_EQUAL(hobbit_model_allocate(m, good, 0, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_ARG);
@@ -122,33 +166,74 @@ static void the_arena_is_checked(void) {
     hobbit_model_close(m);
 }
 
-/* One computation's use of these experts: look up, fetch, collect, release. Returns how many reads failed. */
-static int use(struct hobbit_model *m, int32_t group, int32_t first, int32_t n) {
+static void the_arena_has_room_for_low_copies(void) {
+    struct hobbit_options options = describe(HOBBIT_IO_AUTO);
+    options.n_matrices = 5;
+    struct hobbit_model *m = open_described(options);
+    uint64_t a = hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH), l = hobbit_model_slot_bytes(m, 0, HOBBIT_LOW);
+    const struct hobbit_pool wrong[] = {
+        {2 * a, {a, l}, {2, 0}},        {2 * a, {a, 0}, {2, 0}},
+        {2 * a, {a, l - HB_PAGE}, {2, 2}}, {2 * a, {a, l + 1}, {2, 2}},
+        {2 * a, {a, l}, {2, (int32_t) (2 * a / l) + 1}},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        CHECK_EQUAL(hobbit_model_allocate(m, &wrong[i], 1, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_ARG);
+        CHECK(!hb_model_ready(m));
+    }
+    struct hobbit_pool good = {2 * a, {a, l}, {2, (int32_t) (2 * a / l)}};
+    CHECK_EQUAL(hobbit_model_allocate(m, &good, 1, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_OK);
+    CHECK_EQUAL(stats_of(m).cache_bytes, 2 * a); /* shared, not added */
+    struct hb_arena of_high = hb_model_arena(m, 0, HOBBIT_HIGH), of_low = hb_model_arena(m, 0, HOBBIT_LOW);
+    CHECK(of_high.slot_bytes == a && of_high.n_slots == 2);
+    CHECK(of_low.slot_bytes == l && of_low.n_slots == good.n_slots[HOBBIT_LOW]);
+    CHECK(of_low.base >= of_high.base + 2 * a || of_high.base >= of_low.base + l * (uint64_t) of_low.n_slots);
+    hobbit_model_close(m);
+}
+
+/* One computation's use of these copies: look up, fetch, collect, release. Returns how many reads failed. */
+static int use_copies(struct hobbit_model *m, const struct hb_key *keys, int32_t n) {
     int loading = 0, failed = 0;
-    int32_t slots[EXPERTS];
+    int32_t slots[2 * EXPERTS];
     hb_model_lock(m);
     for (int32_t i = 0; i < n; i++) {
-        slots[i] = hb_model_look_up(m, group, (first + i) % EXPERTS);
+        slots[i] = hb_model_look_up(m, keys[i]);
         if (slots[i] < 0) {
-            CHECK(hb_model_fetch(m, group, (first + i) % EXPERTS));
+            CHECK(hb_model_fetch(m, keys[i]));
             loading++;
         }
     }
     for (; loading > 0; loading--) {
         struct hb_arrival a = hb_model_arrival(m, true);
-        CHECK(a.expert >= 0 && a.expert < EXPERTS);
-        slots[(a.expert + EXPERTS - first) % EXPERTS] = a.failed ? -1 : a.slot;
+        int32_t i = 0;
+        while (i < n && memcmp(&keys[i], &a.key, sizeof a.key) != 0) {
+            i++;
+        }
+        CHECK(i < n && slots[i] < 0);
+        slots[i] = a.failed ? -1 : a.slot;
         failed += a.failed;
     }
-    CHECK_EQUAL(hb_model_arrival(m, true).expert, -1);
+    CHECK_EQUAL(hb_model_arrival(m, true).key.expert, -1);
     for (int32_t i = 0; i < n; i++) {
         if (slots[i] >= 0) {
-            CHECK(slot_holds(m, group, (first + i) % EXPERTS, slots[i]));
-            hb_model_release(m, group, (first + i) % EXPERTS);
+            CHECK(slot_holds(m, keys[i], slots[i]));
+            hb_model_release(m, keys[i]);
         }
     }
     hb_model_unlock(m);
     return failed;
+}
+
+static int use_copy(struct hobbit_model *m, struct hb_key key) {
+    return use_copies(m, &key, 1);
+}
+
+/* High copies of neighbours. */
+static int use(struct hobbit_model *m, int32_t group, int32_t first, int32_t n) {
+    struct hb_key keys[EXPERTS];
+    for (int32_t i = 0; i < n; i++) {
+        keys[i] = high(group, (first + i) % EXPERTS);
+    }
+    return use_copies(m, keys, n);
 }
 
 static void experts_arrive_byte_by_byte(void) {
@@ -179,7 +264,7 @@ static void counters_tell_what_happened(void) {
     CHECK_EQUAL(stats.evictions, 1);
     CHECK_EQUAL(stats.n_cached, 2);
     CHECK_EQUAL(stats.n_slots, 4);
-    CHECK_EQUAL(stats.read_bytes, 3 * (8192 + 20480));
+    CHECK_EQUAL(stats.read_bytes, 3 * HIGH_BYTES);
     CHECK_EQUAL(stats.read_calls, 6);
     CHECK_EQUAL(stats.direct_io, 0);
     hobbit_model_close(m);
@@ -189,17 +274,17 @@ static void pinned_experts_keep_their_slots(void) {
     struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 1);
     CHECK_EQUAL(use(m, 0, 3, 1), 0);
     hb_model_lock(m);
-    int32_t slot = hb_model_look_up(m, 0, 3);
+    int32_t slot = hb_model_look_up(m, high(0, 3));
     CHECK_EQUAL(slot, 0);
-    CHECK(!hb_model_fetch(m, 0, 4));
-    CHECK(hb_model_fetch(m, 1, 4)); /* another pool */
+    CHECK(!hb_model_fetch(m, high(0, 4)));
+    CHECK(hb_model_fetch(m, high(1, 4))); /* another pool */
     CHECK(!hb_model_arrival(m, true).failed);
-    CHECK(slot_holds(m, 0, 3, slot));
-    hb_model_release(m, 0, 3);
-    CHECK(hb_model_fetch(m, 0, 4));
+    CHECK(slot_holds(m, high(0, 3), slot));
+    hb_model_release(m, high(0, 3));
+    CHECK(hb_model_fetch(m, high(0, 4)));
     CHECK(!hb_model_arrival(m, true).failed);
-    hb_model_release(m, 0, 4);
-    hb_model_release(m, 1, 4);
+    hb_model_release(m, high(0, 4));
+    hb_model_release(m, high(1, 4));
     hb_model_unlock(m);
     hobbit_model_close(m);
 }
@@ -252,7 +337,7 @@ static void closing_waits_for_reads_under_way(void) {
     faults_pread = slow;
     hb_model_lock(m);
     for (int32_t e = 0; e < EXPERTS; e++) {
-        CHECK(hb_model_fetch(m, 0, e));
+        CHECK(hb_model_fetch(m, high(0, e)));
     }
     hb_model_unlock(m);
     hobbit_model_close(m);
@@ -289,19 +374,19 @@ static void reads_not_begun_can_be_withdrawn(void) {
     faults_pread = faults_gated_pread;
     hb_model_lock(m);
     for (int32_t e = 0; e < EXPERTS; e++) {
-        CHECK(hb_model_fetch(m, 0, e));
+        CHECK(hb_model_fetch(m, high(0, e)));
     }
     faults_await_preads(2); /* both threads are at expert 0 */
     hb_model_withdraw(m);
     for (int32_t e = 1; e < EXPERTS; e++) {
         struct hb_arrival a = hb_model_arrival(m, true);
-        CHECK(a.expert == e && a.failed);
+        CHECK(a.key.expert == e && a.failed);
     }
     atomic_store(&faults_gate_open, true);
     struct hb_arrival first = hb_model_arrival(m, true);
-    CHECK(first.expert == 0 && !first.failed && slot_holds(m, 0, 0, first.slot));
-    hb_model_release(m, 0, 0);
-    CHECK_EQUAL(hb_model_arrival(m, true).expert, -1);
+    CHECK(first.key.expert == 0 && !first.failed && slot_holds(m, high(0, 0), first.slot));
+    hb_model_release(m, high(0, 0));
+    CHECK_EQUAL(hb_model_arrival(m, true).key.expert, -1);
     hb_model_unlock(m);
     faults_pread = NULL;
     hobbit_model_take_error(m, err, sizeof err);
@@ -386,6 +471,260 @@ static void every_failure_to_allocate_is_undone(void) {
     hobbit_model_close(m);
 }
 
+/* --- two precisions --- */
+
+static int32_t set_rule(struct hobbit_model *m, float t1, float t2, bool deterministic) {
+    float a[] = {t1, 1}, b[] = {t2, 1};
+    struct hobbit_rule rule = {.t1 = a, .t2 = b, .deterministic = deterministic};
+    int32_t status = hobbit_model_set_rule(m, &rule, err, sizeof err);
+    a[0] = b[0] = -5; /* the model has its own */
+    return status;
+}
+
+static bool is_cached(struct hobbit_model *m, struct hb_key key) {
+    hb_model_lock(m);
+    int32_t slot = hb_model_look_up(m, key);
+    if (slot >= 0) {
+        hb_model_release(m, key);
+    }
+    hb_model_unlock(m);
+    return slot >= 0;
+}
+
+static void both_copies_arrive_byte_by_byte(void) {
+    uint64_t seed = 7;
+    for (uint64_t pages = 15; pages < 100; pages += 12) {
+        struct hobbit_model *m = mixed_model(pages * HB_PAGE);
+        CHECK_EQUAL(set_rule(m, 0, 0.5f, pages % 2 == 0), HOBBIT_OK);
+        for (int i = 0; i < 100; i++) {
+            struct hb_key key = {0, (int32_t) check_random(&seed, EXPERTS), (int32_t) check_random(&seed, 2)};
+            CHECK_EQUAL(use_copy(m, key), 0);
+            if (i % 4 == 0) {
+                CHECK_EQUAL(use(m, 1, i % EXPERTS, 2), 0); /* without low copies */
+            }
+        }
+        hobbit_model_close(m);
+    }
+}
+
+/* need x high cached x low cached x deterministic, against the table in model.h */
+static void a_better_copy_that_is_cached_is_chosen(void) {
+    static const int32_t adaptive[HOBBIT_SKIP + 1][2][2] = { /* [need][high cached][low cached] */
+        {{HOBBIT_HIGH, HOBBIT_HIGH}, {HOBBIT_HIGH, HOBBIT_HIGH}},
+        {{HOBBIT_LOW, HOBBIT_LOW}, {HOBBIT_HIGH, HOBBIT_HIGH}},
+        {{HOBBIT_SKIP, HOBBIT_LOW}, {HOBBIT_HIGH, HOBBIT_HIGH}},
+    };
+    struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+    for (int with = 0; with < 4; with++) {
+        hobbit_model_forget(m);
+        bool with_high = (with & 1) != 0, with_low = (with & 2) != 0;
+        CHECK(!with_high || use_copy(m, high(0, 2)) == 0);
+        CHECK(!with_low || use_copy(m, low(2)) == 0); /* after the high one, which would have taken its place */
+        for (int deterministic = 0; deterministic < 2; deterministic++) {
+            CHECK_EQUAL(set_rule(m, 0.25f, 0.5f, deterministic), HOBBIT_OK);
+            struct hobbit_stats before = stats_of(m);
+            hb_model_lock(m);
+            for (int32_t need = HOBBIT_HIGH; need <= HOBBIT_SKIP; need++) {
+                int32_t chosen = hb_model_choose(m, 0, 2, need);
+                CHECK_EQUAL(chosen, deterministic ? need : adaptive[need][with_high][with_low]);
+                CHECK_EQUAL(hb_model_choose(m, 0, 3, need), need); /* nothing of it is cached */
+                CHECK_EQUAL(hb_model_choose(m, 1, 2, need), need);
+            }
+            hb_model_unlock(m);
+            struct hobbit_stats after = stats_of(m); /* choosing is no look-up, and reads nothing */
+            CHECK(after.hits == before.hits && after.misses == before.misses && after.promotions == before.promotions);
+            CHECK_EQUAL(after.n_cached, with_high + with_low);
+        }
+    }
+    hobbit_model_close(m);
+}
+
+static void what_is_under_way_is_not_yet_cached(void) {
+    struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+    hb_model_lock(m);
+    CHECK(hb_model_fetch(m, low(1)));
+    CHECK(hb_model_fetch(m, high(0, 2)));
+    CHECK_EQUAL(hb_model_choose(m, 0, 1, HOBBIT_SKIP), HOBBIT_SKIP);
+    CHECK_EQUAL(hb_model_choose(m, 0, 2, HOBBIT_LOW), HOBBIT_LOW);
+    CHECK(!hb_model_arrival(m, true).failed);
+    CHECK(!hb_model_arrival(m, true).failed);
+    CHECK_EQUAL(hb_model_choose(m, 0, 1, HOBBIT_SKIP), HOBBIT_LOW); /* pinned or not */
+    CHECK_EQUAL(hb_model_choose(m, 0, 2, HOBBIT_LOW), HOBBIT_HIGH);
+    hb_model_release(m, low(1));
+    hb_model_release(m, high(0, 2));
+    hb_model_unlock(m);
+    hobbit_model_close(m);
+}
+
+static void promotion_takes_the_low_copys_place(void) {
+    for (int deterministic = 0; deterministic < 2; deterministic++) {
+        struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+        CHECK_EQUAL(set_rule(m, 0.25f, 0.5f, deterministic), HOBBIT_OK);
+        CHECK_EQUAL(use_copy(m, low(1)), 0);
+        CHECK_EQUAL(use_copy(m, low(4)), 0);
+        CHECK_EQUAL(stats_of(m).promotions, 0);
+        faults_pread = fail;
+        CHECK_EQUAL(use_copy(m, high(0, 1)), 1);
+        faults_pread = NULL;
+        hobbit_model_take_error(m, err, sizeof err);
+        CHECK(is_cached(m, low(1))); /* until the high one is there */
+        CHECK_EQUAL(use_copy(m, high(0, 1)), 0);
+        CHECK_EQUAL(stats_of(m).promotions, 2);
+        CHECK_EQUAL(stats_of(m).n_cached, 2 + deterministic);
+        CHECK_EQUAL(stats_of(m).evictions, 0);
+        CHECK_EQUAL(is_cached(m, low(1)), deterministic);
+        CHECK(is_cached(m, low(4)) && is_cached(m, high(0, 1)));
+        CHECK_EQUAL(use_copy(m, high(0, 1)), 0); /* a hit */
+        CHECK_EQUAL(use_copy(m, high(0, 2)), 0); /* no low one was there */
+        CHECK_EQUAL(stats_of(m).promotions, 2);
+        hobbit_model_close(m);
+    }
+}
+
+static void low_copies_are_counted(void) {
+    struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+    CHECK_EQUAL(use_copy(m, low(0)), 0);
+    CHECK_EQUAL(use_copy(m, low(3)), 0);
+    CHECK_EQUAL(use_copy(m, low(3)), 0);
+    CHECK_EQUAL(use_copy(m, high(0, 5)), 0);
+    CHECK_EQUAL(use_copy(m, high(1, 5)), 0);
+    faults_pread = fail;
+    CHECK_EQUAL(use_copy(m, low(4)), 1);
+    faults_pread = NULL;
+    struct hobbit_stats stats = stats_of(m);
+    CHECK(stats.hits == 1 && stats.misses == 5 && stats.n_cached == 4 && stats.evictions == 0);
+    CHECK_EQUAL(stats.read_low_bytes, 2 * LOW_BYTES);
+    CHECK_EQUAL(stats.read_bytes, 2 * LOW_BYTES + HIGH_BYTES + 3001);
+    hobbit_model_close(m);
+}
+
+static void rules_that_make_no_sense_are_refused(void) {
+    struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+    CHECK(!hb_model_rule(m)->active);
+    CHECK_EQUAL(set_rule(m, 0.25f, 0.75f, true), HOBBIT_OK);
+    static const float bad[][2] = {{0.5f, 0.25f}, {NAN, 0.5f}, {0.5f, NAN}, {NAN, NAN}, {1, 0.99f}, {0, -1},
+                                   {INFINITY, 1}};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        CHECK_EQUAL(set_rule(m, bad[i][0], bad[i][1], false), HOBBIT_ARG);
+        CHECK_TEXT(err, "T1");
+        const struct hb_rule *rule = hb_model_rule(m); /* the one before is in force */
+        CHECK(rule->active && rule->deterministic && rule->t1[0] == 0.25f && rule->t2[0] == 0.75f);
+    }
+    struct hobbit_rule rule = {.t1 = (float[]) {0, 0.25f}, .t2 = (float[]) {0, 0.5f}};
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_ARG); /* group 1 has no low copies */
+    CHECK_TEXT(err, "without low-precision experts");
+    rule.t1 = rule.t2 = (float[]) {0, 0.25f}; /* high or nothing */
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
+    rule.t1 = (float[]) {0.25f, 1}; /* always high */
+    rule.t2 = (float[]) {1, 2};
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
+    CHECK(hb_model_rule(m)->active && hb_model_rule(m)->t2[1] == 2);
+    rule.t1 = (float[]) {0.5f, 0.5f};
+    rule.t2 = (float[]) {0.5f, 0.25f}; /* one group's are wrong */
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_ARG);
+    hobbit_model_close(m);
+}
+
+static void rules_replace_one_another(void) {
+    struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+    float t1[] = {0.25f, 1}, t2[] = {0.5f, 1};
+    struct hobbit_rule rule = {.t1 = t1, .t2 = t2, .renormalise = 1, .per_token = 1};
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
+    CHECK(hb_model_rule(m)->renormalise && !hb_model_rule(m)->deterministic);
+    CHECK(!hb_model_rule(m)->per_token); /* what is cached is one copy for all */
+    rule.deterministic = 1;
+    rule.renormalise = 0;
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
+    CHECK(!hb_model_rule(m)->renormalise && hb_model_rule(m)->deterministic && hb_model_rule(m)->per_token);
+    for (int n = 1; n <= 2; n++) {
+        atomic_store(&faults_allocation, n);
+        CHECK_EQUAL(set_rule(m, 0, 1, false), HOBBIT_NOMEM);
+        CHECK(hb_model_rule(m)->per_token && hb_model_rule(m)->t1[0] == 0.25f);
+    }
+    atomic_store(&faults_allocation, 0);
+    rule.t1 = NULL;
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
+    CHECK(!hb_model_rule(m)->active);
+    hobbit_model_close(m);
+}
+
+static void forgetting_drops_what_is_not_in_use(void) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    hobbit_model_forget(m); /* no cache yet */
+    hobbit_model_close(m);
+    m = mixed_model(EXPERTS * 100000);
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        CHECK_EQUAL(use_copy(m, e % 2 == 0 ? low(e) : high(0, e)), 0);
+    }
+    CHECK_EQUAL(use(m, 1, 0, 2), 0);
+    CHECK_EQUAL(stats_of(m).n_cached, EXPERTS + 2);
+    hb_model_lock(m);
+    int32_t slot = hb_model_look_up(m, low(2));
+    hb_model_unlock(m);
+    hobbit_model_forget(m);
+    CHECK_EQUAL(stats_of(m).n_cached, 1);
+    CHECK(slot_holds(m, low(2), slot));
+    hb_model_lock(m);
+    hb_model_release(m, low(2));
+    hb_model_unlock(m);
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        CHECK(!is_cached(m, high(0, e)) && is_cached(m, low(e)) == (e == 2));
+    }
+    hobbit_model_forget(m);
+    CHECK_EQUAL(stats_of(m).n_cached, 0);
+    CHECK_EQUAL(stats_of(m).evictions, 0);
+    CHECK_EQUAL(use_copy(m, low(0)), 0);
+    hobbit_model_close(m);
+}
+
+static uint64_t resident_bytes(const struct hobbit_model *m, int32_t precision, int32_t slot) {
+    struct hb_arena arena = hb_model_arena(m, 0, precision);
+    unsigned char there[64];
+    uint64_t bytes = 0;
+    CHECK(arena.slot_bytes <= sizeof there * HB_PAGE && sysconf(_SC_PAGESIZE) == HB_PAGE);
+    CHECK_EQUAL(mincore(arena.base + (uint64_t) slot * arena.slot_bytes, arena.slot_bytes, there), 0);
+    for (uint64_t i = 0; i < arena.slot_bytes / HB_PAGE; i++) {
+        bytes += there[i] & 1 ? HB_PAGE : 0;
+    }
+    return bytes;
+}
+
+static uint64_t all_resident_bytes(const struct hobbit_model *m, int *slots_in_use) {
+    uint64_t bytes = 0;
+    *slots_in_use = 0;
+    for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+        for (int32_t i = 0; i < hb_model_arena(m, 0, p).n_slots; i++) {
+            uint64_t of_slot = resident_bytes(m, p, i);
+            bytes += of_slot;
+            *slots_in_use += of_slot > 0;
+        }
+    }
+    return bytes;
+}
+
+static void memory_goes_with_the_copies(void) {
+    enum { BYTES = 27 * HB_PAGE };
+    struct hobbit_model *m = mixed_model(BYTES);
+    uint64_t seed = 13;
+    int slots = 0, most = 0;
+    CHECK_EQUAL(all_resident_bytes(m, &slots), 0);
+    for (int i = 0; i < 200; i++) {
+        struct hb_key key = {0, (int32_t) check_random(&seed, EXPERTS),
+                             check_random(&seed, 40) < (i % 50 < 25 ? 35 : 3) ? HOBBIT_LOW : HOBBIT_HIGH};
+        CHECK_EQUAL(use_copy(m, key), 0);
+        uint64_t resident = all_resident_bytes(m, &slots);
+        CHECK(resident <= BYTES); /* both banks together */
+        CHECK_EQUAL(slots, stats_of(m).n_cached); /* a slot without a copy holds no memory */
+        most = slots > most ? slots : most;
+        if (i % 67 == 66) {
+            hobbit_model_forget(m);
+            CHECK_EQUAL(all_resident_bytes(m, &slots), 0);
+        }
+    }
+    CHECK(stats_of(m).evictions > 20 && most > 4 && stats_of(m).promotions > 0);
+    hobbit_model_close(m);
+}
+
 int main(void) {
     for (int i = 0; i < 2; i++) {
         files[i] = (struct hobbit_file) {file_make(FILE_SIZE), FILE_SIZE};
@@ -393,6 +732,7 @@ int main(void) {
     }
     RUN(the_description_is_checked);
     RUN(the_arena_is_checked);
+    RUN(the_arena_has_room_for_low_copies);
     RUN(experts_arrive_byte_by_byte);
     RUN(counters_tell_what_happened);
     RUN(pinned_experts_keep_their_slots);
@@ -407,5 +747,14 @@ int main(void) {
     RUN(matrices_are_read_past_the_cache);
     RUN(every_failure_to_open_is_undone);
     RUN(every_failure_to_allocate_is_undone);
+    RUN(both_copies_arrive_byte_by_byte);
+    RUN(a_better_copy_that_is_cached_is_chosen);
+    RUN(what_is_under_way_is_not_yet_cached);
+    RUN(promotion_takes_the_low_copys_place);
+    RUN(low_copies_are_counted);
+    RUN(rules_that_make_no_sense_are_refused);
+    RUN(rules_replace_one_another);
+    RUN(forgetting_drops_what_is_not_in_use);
+    RUN(memory_goes_with_the_copies);
     return 0;
 }

@@ -133,7 +133,7 @@ static void failed_reads_fail_the_computation_and_no_more(void) {
             enum ggml_status status = compute(arm, &in, out);
             faults_pread = NULL;
             hobbit_model_take_error(arm->model, err, sizeof err);
-            CHECK((status == GGML_STATUS_FAILED) == (strstr(err, file.path) != NULL));
+            CHECK((status == GGML_STATUS_FAILED) == (strstr(err, file.copies[HOBBIT_HIGH].path) != NULL));
             CHECK(status == GGML_STATUS_FAILED || status == GGML_STATUS_SUCCESS);
             check_same(arm, reference, &in);
         }
@@ -188,9 +188,10 @@ static void unknown_experts_fail_the_computation(void) {
 /* So that what its threads allocate is not counted below. */
 static void start_threads(struct hobbit_model *m) {
     hb_model_lock(m);
-    CHECK(hb_model_fetch(m, 0, 0));
+    struct hb_key key = {0, 0, HOBBIT_HIGH};
+    CHECK(hb_model_fetch(m, key));
     CHECK(!hb_model_arrival(m, true).failed);
-    hb_model_release(m, 0, 0);
+    hb_model_release(m, key);
     hb_model_unlock(m);
 }
 

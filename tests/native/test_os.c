@@ -2,6 +2,7 @@
 #include "os.h"
 
 #include <errno.h>
+#include <sys/mman.h>
 
 #include "faults.h"
 #include "files.h"
@@ -84,15 +85,49 @@ static void space_is_mapped_or_refused(void) {
     void *base = NULL;
     CHECK_EQUAL(hb_space_reserve(&base, (size_t) 1 << 36), 0);
     hb_space_release(base, (size_t) 1 << 36);
-    CHECK_EQUAL(hb_space_map(&base, 3 * HB_PAGE), 0);
-    CHECK((uintptr_t) base % HB_PAGE == 0 && ((char *) base)[3 * HB_PAGE - 1] == 0);
-    memset(base, 1, 3 * HB_PAGE);
-    hb_space_release(base, 3 * HB_PAGE);
+    for (int huge = 0; huge < 2; huge++) {
+        CHECK_EQUAL(hb_space_map(&base, 3 * HB_PAGE, huge), 0);
+        CHECK((uintptr_t) base % HB_PAGE == 0 && ((char *) base)[3 * HB_PAGE - 1] == 0);
+        memset(base, 1, 3 * HB_PAGE);
+        hb_space_release(base, 3 * HB_PAGE);
+    }
     hb_space_release(NULL, 5);
     base = NULL;
     atomic_store(&faults_map, 1);
-    CHECK_EQUAL(hb_space_map(&base, HB_PAGE), ENOMEM);
+    CHECK_EQUAL(hb_space_map(&base, HB_PAGE, true), ENOMEM);
     CHECK(base == NULL);
+}
+
+static int resident_pages(void *base, int n) {
+    unsigned char there[64];
+    CHECK(n <= 64 && mincore(base, (size_t) n * HB_PAGE, there) == 0);
+    int resident = 0;
+    for (int i = 0; i < n; i++) {
+        resident += there[i] & 1;
+    }
+    return resident;
+}
+
+static void dropped_pages_go_and_are_zero_again(void) {
+    enum { N = 64 };
+    char *pages;
+    void *base = NULL;
+    CHECK_EQUAL(hb_space_map(&base, N * HB_PAGE, false), 0);
+    pages = base;
+    CHECK_EQUAL(resident_pages(base, N), 0);
+    pages[5 * HB_PAGE] = 1;
+    CHECK_EQUAL(resident_pages(base, N), 1); /* no huge page came */
+    memset(base, 1, N * HB_PAGE);
+    CHECK_EQUAL(resident_pages(base, N), N);
+    hb_space_drop(pages + 3 * HB_PAGE, 2 * HB_PAGE);
+    CHECK_EQUAL(resident_pages(base, N), N - 2);
+    CHECK_EQUAL(resident_pages(pages + 3 * HB_PAGE, 2), 0);
+    CHECK(pages[3 * HB_PAGE - 1] == 1 && pages[5 * HB_PAGE] == 1);
+    for (size_t i = 3 * HB_PAGE; i < 5 * HB_PAGE; i++) {
+        CHECK(pages[i] == 0);
+    }
+    pages[4 * HB_PAGE] = 1; /* and still ours */
+    hb_space_release(base, N * HB_PAGE);
 }
 
 static int closed;
@@ -144,6 +179,7 @@ int main(void) {
     RUN(direct_reads_are_believed_after_a_real_one);
     RUN(reads_stop_at_the_end);
     RUN(space_is_mapped_or_refused);
+    RUN(dropped_pages_go_and_are_zero_again);
     RUN(streams_seek_and_tell);
     RUN(time_goes_on);
     return 0;

@@ -1,4 +1,5 @@
-/* Description: where a split is cut into segments, and which of their values are wanted outside. */
+/* Description: where a split is cut into segments, which of their values are wanted outside, and which of their
+ * operands are gate weights. */
 #include "segment.h"
 
 #include "check.h"
@@ -194,6 +195,59 @@ static void long_chains_are_cut(void) {
     CHECK(s.escapes[63] && !s.escapes[62]);
 }
 
+/* Gate weights that the segment of this product sees, when llama.cpp calls it so. */
+static const struct ggml_tensor *seen_as(const char *name, struct ggml_tensor *factor) {
+    struct ggml_tensor *product = ggml_mul(ctx, multiply(0, input, ids), factor);
+    ggml_set_name(product, name);
+    ggml_build_forward_expand(graph, ggml_scale(ctx, product, 2));
+    struct ggml_cgraph split = ggml_graph_view(graph, graph->n_nodes - 3, graph->n_nodes);
+    struct hb_segment s = hb_segment_next(&split, 0);
+    CHECK_EQUAL(s.n_nodes, 3);
+    return s.weights;
+}
+
+static void gate_weights_are_told_by_the_name_of_the_product(void) {
+    begin();
+    CHECK(seen_as("ffn_moe_weighted-0", weights) == weights);
+    CHECK(seen_as("ffn_moe_weighted-17", weights) == weights);
+    CHECK(seen_as("ffn_moe_weighted", weights) == weights);
+    CHECK(seen_as("ffn_moe_down_scaled-0", weights) == NULL); /* a factor for each expert */
+    CHECK(seen_as("ffn_moe_weighte", weights) == NULL);
+    CHECK(seen_as("", weights) == NULL);
+}
+
+static void gate_weights_are_one_for_each_pair(void) {
+    begin();
+    CHECK(seen_as("ffn_moe_weighted-0", ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, USED, TOKENS)) == NULL);
+    CHECK(seen_as("ffn_moe_weighted-0", ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, 1, TOKENS)) == NULL);
+    CHECK(seen_as("ffn_moe_weighted-0", ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, USED, 1)) == NULL);
+    struct ggml_tensor *scaled = ggml_scale(ctx, multiply(0, input, ids), 2); /* no product */
+    ggml_set_name(scaled, "ffn_moe_weighted-0");
+    expand(scaled);
+    struct ggml_cgraph split = ggml_graph_view(graph, graph->n_nodes - 2, graph->n_nodes);
+    CHECK(hb_segment_next(&split, 0).weights == NULL);
+}
+
+static void gate_weights_are_found_among_other_factors(void) {
+    begin();
+    struct ggml_tensor *up_scale = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, USED, TOKENS);
+    struct ggml_tensor *down_scale = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, USED, TOKENS);
+    struct ggml_tensor *up = ggml_mul(ctx, multiply(0, input, ids), up_scale);
+    struct ggml_tensor *down = ggml_mul(ctx, multiply(0, ggml_silu(ctx, up), ids), down_scale);
+    struct ggml_tensor *weighted = ggml_mul(ctx, down, weights);
+    ggml_set_name(weighted, "ffn_moe_weighted-3");
+    int n_before = graph->n_nodes;
+    expand(weighted);
+    struct ggml_tensor *next = ggml_mul(ctx, multiply(1, input, ids), up_scale); /* another layer's */
+    ggml_set_name(next, "ffn_moe_weighted-4");
+    expand(next);
+    struct ggml_cgraph split = ggml_graph_view(graph, n_before, graph->n_nodes);
+    struct hb_segment s = hb_segment_next(&split, 0);
+    CHECK_EQUAL(s.n_nodes, 6);
+    CHECK(s.weights == weights);
+    CHECK(hb_segment_next(&split, 6).weights == up_scale);
+}
+
 int main(void) {
     RUN(a_layer_is_one_segment);
     RUN(values_escape_through_later_uses_and_views);
@@ -202,6 +256,9 @@ int main(void) {
     RUN(what_is_read_through_other_views_is_complete_first);
     RUN(plain_operations_have_no_model);
     RUN(long_chains_are_cut);
+    RUN(gate_weights_are_told_by_the_name_of_the_product);
+    RUN(gate_weights_are_one_for_each_pair);
+    RUN(gate_weights_are_found_among_other_factors);
     ggml_free(ctx);
     return 0;
 }
