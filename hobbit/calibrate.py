@@ -27,8 +27,10 @@ from .rule import ALL_LOW, EXACT, Rule
 from .search import MAX_MEASUREMENTS, quantiles, search
 
 WIDTH = 32
-# Rows that an importance matrix is summed over, at most.
-IMPORTANCE_TOKENS = 8192
+# An importance matrix is summed over so much text, in batches that read each expert once.
+IMPORTANCE_BATCH = 512
+CONTEXT = 512
+IMPORTANCE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,14 @@ def gather_importance(
     layout: Layout, text: str, *, threads: int, memory: str | int = "auto"
 ) -> Importance:
     """Sum the squares of what enters each expert matrix, over a text, with the exact model."""
-    with closing(_opened(layout, None, threads, memory, WIDTH)) as llm:
+    with closing(_opened(layout, None, threads, memory, IMPORTANCE_BATCH)) as llm:
         model = Forced(llm)
         tokens = model.tokens(text)
-        sample = Sample(window=256, limit=IMPORTANCE_TOKENS, skip=0, warmup=0)
+        sample = Sample(window=IMPORTANCE_BATCH, limit=IMPORTANCE_TOKENS, skip=0, warmup=0)
         with llm.collect() as inputs:
             for part in windows(tokens, sample, model.bos):
                 model.clear()
-                for at in range(0, len(part), WIDTH):
-                    model.decode(part[at : at + WIDTH], logits=False)
+                model.decode(part, logits=False)
     return Importance(
         "gathered from text by hobbit",
         {name: of.squares for name, of in inputs.items()},
@@ -78,7 +79,7 @@ def calibrate(
     short a text.
     """
     effort = effort or Effort()
-    with closing(_opened(layout, low, threads, memory, effort.window)) as llm, ExitStack() as stack:
+    with closing(_opened(layout, low, threads, memory, WIDTH)) as llm, ExitStack() as stack:
         model = Forced(llm)
         tokens, bos = model.tokens(text), model.bos
         measured = [
@@ -134,16 +135,14 @@ def _pointer(measured: Sequence[Callable[[str, Rule], Row]]) -> Callable[[Rule],
     return point
 
 
-def _opened(
-    layout: Layout, low: Path | None, threads: int, memory: str | int, window: int
-) -> Llama:
+def _opened(layout: Layout, low: Path | None, threads: int, memory: str | int, batch: int) -> Llama:
     """Load the model with room for half of its experts, or what the cap allows."""
     arguments: dict[str, Any] = {
         "low": str(low) if low else None,
         "memory": memory,
-        "n_ctx": max(-(-(window + 1) // 256) * 256, 512),
-        "n_batch": WIDTH,
-        "n_ubatch": WIDTH,
+        "n_ctx": CONTEXT,
+        "n_batch": batch,
+        "n_ubatch": batch,
         "n_threads": threads,
         "n_threads_batch": threads,
     }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as api
 
+from .errors import UnsupportedModelError
 from .rule import Rule
 from .stats import Stats
 
@@ -69,7 +70,14 @@ class Forced:
         return int(self._llm.n_ctx())
 
     def tokens(self, text: str) -> list[int]:
-        """Tokenise a text, in which no word is special, without a token for its beginning."""
+        """Tokenise a text, in which no word is special, without a token for its beginning.
+
+        Raises UnsupportedModelError for a model without a vocabulary, on which llama.cpp aborts.
+        """
+        if self._llm.layout.gguf.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+            raise UnsupportedModelError(
+                f"{self._llm.model_path}: has no tokenizer, so that no text can be given to it"
+            )
         return [*self._llm.tokenize(text.encode(), add_bos=False, special=False)]
 
     @property

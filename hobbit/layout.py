@@ -5,15 +5,16 @@ Pure: a GGUF header in, a Layout out; no file is opened here.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from .errors import UnsupportedModelError
-from .gguf_file import GGUF, VERSION, Tensor, padded
+from .errors import ModelError, UnsupportedModelError
+from .gguf_file import GGML_TYPES, GGUF, VERSION, Tensor, padded
 
 # The exact names: `.bias` and `.scale` tensors of experts are small and stay with the CPU, and
 # `ffn_norm_exps` (arctic) is a dense tensor in spite of its name.
@@ -24,6 +25,10 @@ EXPERT_TENSOR = re.compile(
 _OTHER_EXPERTS = re.compile(r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$", re.ASCII)
 _NOT_MULTIPLIED = {"q8_1", "q8_K", "i8", "i16", "i32", "i64", "f64"}
 _MATRIX_ORDER = ("gate_up", "gate", "up", "down")
+# A nested copy: see hobbit/nested.py.
+NESTED_KEY, NESTED_VERSION = "hobbit.nested.version", 1
+LOW_PLANE = ".low_plane"
+Q8_0 = next(number for number, kind in GGML_TYPES.items() if kind.name == "q8_0")
 # llama.cpp aborts the process above this.
 _MAX_EXPERTS = 512
 
@@ -32,7 +37,7 @@ Kind = Literal["exps", "chexps"]
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """One matrix of a layer's experts: number `i` is at `offset + i * expert_bytes` of `part`."""
+    """One matrix of a layer's experts: number `i` is at `offset + i * file_bytes` of `part`."""
 
     name: str
     layer: int
@@ -44,6 +49,12 @@ class ExpertMatrix:
     part: int
     offset: int
     expert_bytes: int
+    plane_bytes: int = 0
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of an expert in the file: a nested one is completed by its low copy."""
+        return self.plane_bytes or self.expert_bytes
 
 
 @dataclass(frozen=True)
@@ -117,12 +128,66 @@ class Layout:
         return last.offset + last.length
 
 
+def low_plane_name(name: str) -> str:
+    """Name the plane that completes a nested expert tensor of that name."""
+    return name.removesuffix(".weight") + LOW_PLANE
+
+
+def is_nested(gguf: GGUF) -> bool:
+    """Say whether `hobbit prepare --nested` made the file; refuse one of a version unknown here."""
+    version = gguf.get(NESTED_KEY)
+    if version not in (None, NESTED_VERSION):
+        raise ModelError(
+            f"{gguf.parts[0].path}: is a nested copy of version {version!r}; "
+            f"this hobbit reads version {NESTED_VERSION}: make it again"
+        )
+    return version is not None
+
+
 def build_layout(gguf: GGUF) -> Layout:
     """Divide a model into what streams and what stays."""
+    if is_nested(gguf):
+        return _nested_layout(gguf)
+    return _layout(gguf, whole=len(gguf.parts) == 1)
+
+
+def _nested_layout(gguf: GGUF) -> Layout:
+    """Show llama.cpp the model that the planes are of; keep where the planes are."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in gguf.tensors.items():
+        plane = gguf.tensors.get(low_plane_name(name))
+        if plane is not None:
+            elements = math.prod(tensor.shape)
+            nbytes = elements // GGML_TYPES[Q8_0].block * GGML_TYPES[Q8_0].nbytes
+            tensor = replace(tensor, type=Q8_0, nbytes=nbytes)
+        if not name.endswith(LOW_PLANE):
+            tensors[name] = tensor
+    layout = _layout(replace(gguf, tensors=tensors), whole=False)
+    high, low = [], []
+    for group in layout.groups:
+        own = [(m, gguf.tensors[m.name], _plane(gguf, m.name)) for m in group.matrices]
+        planes = tuple(
+            replace(m, part=p.part, offset=p.offset, plane_bytes=p.nbytes // m.n_expert)
+            for m, _, p in own
+        )
+        copies = tuple(_matrix(t, m.layer, m.group) for m, t, _ in own)
+        high.append(replace(group, matrices=planes))
+        low.append(replace(group, matrices=copies))
+    return replace(layout, groups=tuple(high), low=LowCopies(gguf, tuple(low)))
+
+
+def _plane(gguf: GGUF, name: str) -> Tensor:
+    plane = gguf.tensors.get(low_plane_name(name))
+    if plane is None:
+        raise ModelError(f"{gguf.parts[0].path}: has no {low_plane_name(name)}: make it again")
+    return plane
+
+
+def _layout(gguf: GGUF, whole: bool) -> Layout:
     _check_counts(gguf)
     groups, resident = _find_groups(gguf)
     streamed = {matrix.name for group in groups for matrix in group.matrices}
-    extents = _one_file(gguf, streamed) if len(gguf.parts) == 1 else _merged(gguf, streamed)
+    extents = _one_file(gguf, streamed) if whole else _merged(gguf, streamed)
     return Layout(
         gguf=gguf,
         groups=groups,

@@ -128,7 +128,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
         layout = build_layout(open_gguf(Path(model_path)))
         self.quality: Quality = _chosen(layout, self._own_arguments)
-        self.layout: Layout = replace(layout, low=self.quality.low)
+        # A nested copy cannot be without its low copies.
+        self.layout: Layout = layout if layout.low else replace(layout, low=self.quality.low)
         self._cap = _cap(memory, cache_bytes)
         self._on_plan = on_plan
         self.plan: MemoryPlan

@@ -27,7 +27,7 @@ AUTO: dict[str, tuple[Pair | None, Pair | None]] = {
     "f32": (("f16", "f16"), ("f16", "f16")),
     "f16": (("q5_K", "q6_K"), ("q5_0", "q5_1")),
     "bf16": (("q5_K", "q6_K"), ("q5_0", "q5_1")),
-    "q8_0": (("q4_K", "q4_K"), ("q4_0", "q4_1")),
+    "q8_0": (("q4_K", "q4_K"), ("iq4_nl", "iq4_nl")),
     "q6_K": (("q3_K", "q3_K"), None),
     "q5_1": (("q2_K", "q3_K"), None),
     "q5_0": (("q2_K", "q3_K"), None),
@@ -41,8 +41,9 @@ AUTO: dict[str, tuple[Pair | None, Pair | None]] = {
     "mxfp4": (("iq2_xxs", "iq2_s"), None),
 }
 
-# Below this many bits a weight, the columns' importance decides whether the copy is any good.
-_IMPORTANCE_BITS = 4.0
+# Up to this many bits a weight, the columns' importance is worth running the model on text: below 4
+# it decides whether the copy is any good, at 4.5 it takes a quarter off the KL (docs/quality.md).
+_IMPORTANCE_BITS = 5.0
 # With an importance, also one that favours no column, ggml searches for the best scales. That takes
 # 5 to 45 times longer and makes the squared error of these types 10 to 20 % smaller (q4_K: 2 %). So
 # q4_0 is within 5 % of iq4_nl, in a fifth of its time.
@@ -76,8 +77,8 @@ def low_bytes(matrix: ExpertMatrix, kind: int) -> int:
 
 
 def wants_importance(types: Iterable[int]) -> bool:
-    """Return whether some of these types are too coarse to do without an importance matrix."""
-    return any(bits(GGML_TYPES[kind].name) < _IMPORTANCE_BITS for kind in types)
+    """Return whether some of these types are so coarse that an importance matrix is worth it."""
+    return any(bits(GGML_TYPES[kind].name) <= _IMPORTANCE_BITS for kind in types)
 
 
 def gains_from_search(types: Iterable[int]) -> bool:

@@ -263,6 +263,8 @@ def _floor_pools(layout: Layout, slot_bytes: Sequence[SlotBytes]) -> tuple[Pool,
     for size, members in sizes.items():
         counts = [layout.groups[index].n_expert for index in members]
         floor = max(min(layout.n_expert_used, count) for count in counts)
+        if any(layout.groups[index].matrices[0].plane_bytes for index in members):
+            floor = max(floor, 2)  # the planes of one expert, and what they become
         pools.append(Pool(size, floor, sum(counts), floor, tuple(members)))
     return tuple(pools)
 

@@ -15,7 +15,7 @@ from .low_file import find_low
 from .rule import ALL_LOW, EXACT, Rule
 
 HELP = (
-    "exact, high, balanced, fast, a KL budget (0.02), T1:T2 (0.6:0.9), all-low, skip-only:T, "
+    "exact, high, balanced, fast, a KL budget (0.02), T1:T2[:PATIENCE] (0.6:0.9), all-low, skip-only:T, "
     "fewer:K (experts), or substitute:LAMBDA (cache-aware routing)"
 )
 
@@ -100,8 +100,11 @@ def _rule(name: str, calibration: Calibration | None, model: str) -> Rule:
     if name.startswith(_SUBSTITUTE):
         return Rule(substitute=_threshold(name.removeprefix(_SUBSTITUTE), name))
     if ":" in name:
-        t1, _, t2 = name.partition(":")
-        return Rule(_threshold(t1, name), _threshold(t2, name))
+        t1, t2, *rest = name.split(":")
+        if len(rest) > 1 or (rest and not rest[0].isdecimal()):
+            raise UsageError(f"{name}: must be T1:T2 or T1:T2:PATIENCE, as 0.6:0.9:4")
+        patience = int(rest[0]) if rest else 0
+        return Rule(_threshold(t1, name), _threshold(t2, name), patience=patience)
     if name not in BUDGETS and not re.fullmatch(r"[\d.]+(e-?\d+)?", name):
         raise UsageError(f"unknown mode {name!r}: use {HELP}")
     if calibration is None:

@@ -23,13 +23,17 @@ from typing import Any
 from ._native import ffi, lib
 from .errors import HobbitError, ModelError, ReadError
 from .gguf_file import GGML_TYPES, GGUF, VERSION, Tensor, padded
-from .layout import Layout, tensor_info
+from .layout import (
+    NESTED_KEY,
+    NESTED_VERSION,
+    Layout,
+    is_nested,
+    low_plane_name,
+    tensor_info,
+)
 from .sizes import format_size
 
-VERSION_KEY = "hobbit.nested.version"
-NESTED_VERSION = 1
 ALIGNMENT = 4096
-LOW_PLANE = ".low_plane"
 
 Progress = Callable[[str, float], None]
 # A tensor's name and an expert's number in, a float32 buffer with a weight for each column out, or
@@ -43,22 +47,6 @@ _Q8_0, _HIGH, _PLANE = _TYPES["q8_0"], _TYPES["q4_1"], _TYPES["i8"]
 _BLOCK, _BLOCK_BYTES, _HIGH_BYTES = 32, GGML_TYPES[_Q8_0].nbytes, GGML_TYPES[_HIGH].nbytes
 _LOW_BYTES = _BLOCK // 2
 _ALIGNMENT_KEY = "general.alignment"
-
-
-def low_plane_name(name: str) -> str:
-    """Name the low plane of an expert tensor."""
-    return name.removesuffix(".weight") + LOW_PLANE
-
-
-def is_nested(gguf: GGUF) -> bool:
-    """Say whether the file was made by `make_nested`; refuse one of a version unknown here."""
-    version = gguf.get(VERSION_KEY)
-    if version not in (None, NESTED_VERSION):
-        raise ModelError(
-            f"{gguf.parts[0].path}: is a nested copy of version {version!r}; "
-            f"this hobbit reads version {NESTED_VERSION}: make it again"
-        )
-    return version is not None
 
 
 def make_nested(
@@ -238,7 +226,7 @@ def _header(gguf: GGUF, infos: list[bytes]) -> bytes:
         for key, entry in gguf.entries.items():
             if key != _ALIGNMENT_KEY and not key.startswith("split."):
                 kept.append(_read(file, entry.length, entry.offset, first))
-    kept += [_u32_entry(_ALIGNMENT_KEY, ALIGNMENT), _u32_entry(VERSION_KEY, NESTED_VERSION)]
+    kept += [_u32_entry(_ALIGNMENT_KEY, ALIGNMENT), _u32_entry(NESTED_KEY, NESTED_VERSION)]
     counts = struct.pack("<IQQ", VERSION, len(infos), len(kept))
     return b"".join([b"GGUF", counts, *kept, *infos])
 

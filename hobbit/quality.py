@@ -83,7 +83,11 @@ def choose(
 
 
 def low_copies(layout: Layout, low_file: Path | None = None) -> LowCopies:
-    """Open and check the low-precision copy of a model."""
+    """Open and check the low-precision copy of a model; a nested one has its own."""
+    if layout.low is not None:
+        if low_file is not None:
+            raise UsageError(f"{low_file}: a nested copy has its low-precision experts in itself")
+        return layout.low
     path = low_file or find_low(layout.gguf)
     if path is None:
         model = layout.gguf.parts[0].path

@@ -27,6 +27,8 @@ class Rule:
     deterministic: the need decides alone, so that the output does not depend on what is cached;
     without it, a better copy that is cached is used.
     renormalise: after a skip, a token's other gate weights grow to the old sum.
+    patience: an expert's high copy is read when it was needed so often; until then a low one is
+    used. 0 and 1 are no patience. What it costs is at most what computing everything low costs.
     substitute: lambda of cache-aware routing (arXiv 2412.00099), which the others are compared
     with: experts that are cached get this share of the range of the router's logits on top.
     experts: so many of a token's experts are used and the others skipped; 0 is all.
@@ -39,6 +41,7 @@ class Rule:
     deterministic: bool = False
     renormalise: bool = False
     per_token: bool = False
+    patience: int = 0
     substitute: float = 0.0
     experts: int = 0
 
@@ -66,12 +69,14 @@ class Rule:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is ever lower than high."""
-        return min(_values(self.t1)) >= 1 and not self.substitute and not self.experts
+        others = self.substitute or self.experts or self.patience > 1
+        return min(_values(self.t1)) >= 1 and not others
 
     @property
     def needs_low(self) -> bool:
         """Whether a low-precision copy may be asked for."""
-        return any(high < min(low, 1) for high, low in zip(*self._pairs(), strict=True))
+        lower = any(high < min(low, 1) for high, low in zip(*self._pairs(), strict=True))
+        return lower or self.patience > 1
 
 
 EXACT = Rule()

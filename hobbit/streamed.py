@@ -105,7 +105,7 @@ class StreamedModel:
         if layout.low:
             low = [matrix for group in layout.low.groups for matrix in group.matrices]
             matrices += [(m, lib.HOBBIT_LOW, len(parts) + m.part) for m in low]
-            parts += layout.low.gguf.parts
+            parts += layout.low.gguf.parts  # again the same of a nested copy
         lists: dict[str, Sequence[dict[str, Any]]] = {
             "files": [{"path": text(str(p.path)), "size": p.size} for p in parts],
             "groups": [{"layer": g.layer, "n_expert": g.n_expert} for g in layout.groups],
@@ -120,6 +120,7 @@ class StreamedModel:
                     "ne1": m.ne1,
                     "offset": m.offset,
                     "expert_bytes": m.expert_bytes,
+                    "plane_bytes": m.plane_bytes,
                 }
                 for m, precision, file in matrices
             ],
@@ -223,6 +224,7 @@ class StreamedModel:
             "per_token": rule.per_token,
             "substitute": rule.substitute,
             "experts": rule.experts,
+            "patience": rule.patience,
         }
         error = error_buffer()
         made_rule = ffi.new("struct hobbit_rule *", native)

@@ -129,7 +129,7 @@ int32_t hb_cache_find(struct hb_cache *c, struct hb_key key) {
 }
 
 static bool is_evictable(const struct hb_slot *slot) {
-    return slot->state == HB_SLOT_READY && !slot->pinned && !slot->kept;
+    return slot->state == HB_SLOT_READY && slot->pins == 0 && !slot->kept;
 }
 
 /* The READY slot that goes first: of this bank, or of `best` if that goes before. */
@@ -212,7 +212,7 @@ int32_t hb_cache_claim(struct hb_cache *c, struct hb_key key) {
     int32_t index = make_room(c, key, home != NONE ? home + key.expert : NONE);
     if (index != NONE) {
         c->pools[g->pool].banks[key.precision].slots[index] =
-            (struct hb_slot) {HB_SLOT_LOADING, true, false, key, {++c->uses}};
+            (struct hb_slot) {HB_SLOT_LOADING, 1, false, key, {++c->uses}};
         g->slot_of[key.precision][key.expert] = index;
     }
     return index;
@@ -237,7 +237,7 @@ void hb_cache_forget(struct hb_cache *c) {
 }
 
 void hb_cache_pin(struct hb_cache *c, struct hb_key key, bool pinned) {
-    slot_of(c, key)->pinned = pinned;
+    slot_of(c, key)->pins += pinned ? 1 : -1;
 }
 
 void hb_cache_keep(struct hb_cache *c, struct hb_key key) {
@@ -269,7 +269,7 @@ bool hb_cache_is_valid(const struct hb_cache *c) {
                 }
                 const struct group *g = &c->groups[slot->key.group];
                 if (g->pool != i || slot->key.precision != p || g->slot_of[p][slot->key.expert] != s ||
-                    slot->usage.last_use > c->uses || (slot->state == HB_SLOT_LOADING && !slot->pinned)) {
+                    slot->usage.last_use > c->uses || slot->pins < 0 || (slot->state == HB_SLOT_LOADING && slot->pins == 0)) {
                     return false;
                 }
                 used += bank->slot_bytes;

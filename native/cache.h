@@ -4,8 +4,8 @@
  * copy of either kind costs its bytes to read again, so that the same order of eviction is right for both. The cache
  * knows numbers only: it never touches the slots' memory and does no I/O.
  *
- * A slot is FREE, LOADING (claimed, its bytes are the reader's) or READY. A pinned slot is never evicted; a
- * LOADING slot counts as pinned. Not thread-safe: the model's lock covers it.
+ * A slot is FREE, LOADING (claimed, its bytes are the reader's) or READY. A pinned slot is never evicted; pins are
+ * counted, and a LOADING slot has one. Not thread-safe: the model's lock covers it.
  */
 #ifndef HB_CACHE_H
 #define HB_CACHE_H
@@ -25,7 +25,7 @@ enum hb_slot_state { HB_SLOT_FREE, HB_SLOT_LOADING, HB_SLOT_READY };
 
 struct hb_slot {
     enum hb_slot_state state;
-    bool pinned;
+    int32_t pins;
     bool kept; /* never evicted */
     struct hb_key key; /* valid unless FREE */
     struct hb_usage usage;

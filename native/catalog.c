@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "nested.h"
+
 /* Matrices start at multiples of this in a slot, for the sake of vector loads. */
 #define MATRIX_ALIGN 64u
 
@@ -41,9 +43,10 @@ static enum hobbit_status open_files(struct hb_catalog *c, const struct hobbit_o
 #define MAX_FILE_SIZE ((uint64_t) INT64_MAX / 16)
 
 static bool within_file(const struct hobbit_matrix *m, int64_t n_expert, uint64_t file_size) {
-    uint64_t bytes;
-    return file_size <= MAX_FILE_SIZE && m->expert_bytes > 0 && m->ne0 > 0 && m->ne1 > 0 &&
-           !__builtin_mul_overflow(m->expert_bytes, (uint64_t) n_expert, &bytes) && bytes <= file_size &&
+    uint64_t bytes, stored = m->plane_bytes > 0 ? m->plane_bytes : m->expert_bytes;
+    return file_size <= MAX_FILE_SIZE && m->expert_bytes > 0 && m->expert_bytes <= MAX_FILE_SIZE &&
+           stored <= m->expert_bytes && m->ne0 > 0 && m->ne1 > 0 &&
+           !__builtin_mul_overflow(stored, (uint64_t) n_expert, &bytes) && bytes <= file_size &&
            m->offset <= file_size - bytes;
 }
 
@@ -58,7 +61,12 @@ static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_o
             snprintf(err, err_len, "layer %d has no experts", from->layer);
             return HOBBIT_FORMAT;
         }
-        c->groups[c->n_groups] = (struct hb_group) {.layer = from->layer, .n_expert = from->n_expert};
+        c->groups[c->n_groups] = (struct hb_group) {.layer = from->layer, .n_expert = from->n_expert,
+                                                        .first_expert = c->n_experts};
+        if (__builtin_add_overflow(c->n_experts, from->n_expert, &c->n_experts)) {
+            snprintf(err, err_len, "too many experts");
+            return HOBBIT_FORMAT;
+        }
     }
     return HOBBIT_OK;
 }
@@ -67,13 +75,29 @@ static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_o
  * slot offset agree modulo the file's alignment, with room for the aligned superset. */
 static void place(struct hb_copy *copy, struct hb_matrix *m, const struct hb_file *file) {
     uint64_t align = file->align > MATRIX_ALIGN ? file->align : MATRIX_ALIGN;
-    m->bounce = file->direct && m->expert_bytes % file->align != 0;
-    uint64_t lead = m->bounce ? 0 : m->offset % file->align;
+    uint64_t tail = m->expert_bytes - m->file_bytes;
+    m->bounce = file->direct && m->file_bytes % file->align != 0;
+    uint64_t lead = m->bounce ? 0 : (m->offset % file->align + align - tail % align) % file->align;
     m->slot_offset = round_up(copy->slot_bytes, align) + lead;
+    m->load_offset = m->slot_offset + tail;
+    copy->nested |= tail > 0;
     copy->slot_bytes = round_up(m->slot_offset + m->expert_bytes, align);
     copy->expert_bytes += m->expert_bytes;
     m->role = copy->n_matrices;
     copy->matrices[copy->n_matrices++] = m;
+}
+
+/* The planes of a nested copy are both there, block for block. */
+static bool completes(const struct hb_copy *high, const struct hb_copy *low) {
+    for (int32_t i = 0; high->nested && i < high->n_matrices; i++) {
+        const struct hb_matrix *m = high->matrices[i];
+        uint64_t blocks = m->expert_bytes / HB_Q8_0_BLOCK;
+        if (low->n_matrices == 0 || m->expert_bytes != blocks * HB_Q8_0_BLOCK || m->file_bytes != blocks * HB_LOW_BLOCK ||
+            low->matrices[i]->expert_bytes != blocks * HB_HIGH_BLOCK) {
+            return false;
+        }
+    }
+    return true;
 }
 
 /* A low matrix follows its high one: same name, same shape, same place in the order. */
@@ -86,7 +110,7 @@ static bool belongs(const struct hb_group *g, const struct hobbit_matrix *m) {
         return false;
     }
     const struct hb_matrix *high = g->copies[HOBBIT_HIGH].matrices[role];
-    return strcmp(high->name, m->name) == 0 && high->ne0 == m->ne0 && high->ne1 == m->ne1;
+    return strcmp(high->name, m->name) == 0 && high->ne0 == m->ne0 && high->ne1 == m->ne1 && m->plane_bytes == 0;
 }
 
 static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit_options *o, char *err,
@@ -106,7 +130,8 @@ static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit
         }
         *m = (struct hb_matrix) {.name = strdup(from->name), .group = from->group, .precision = from->precision,
                                  .file = from->file, .type = from->type, .ne0 = from->ne0, .ne1 = from->ne1,
-                                 .offset = from->offset, .expert_bytes = from->expert_bytes};
+                                 .offset = from->offset, .expert_bytes = from->expert_bytes,
+                                 .file_bytes = from->plane_bytes > 0 ? from->plane_bytes : from->expert_bytes};
         if (m->name == NULL) {
             return HOBBIT_NOMEM;
         }
@@ -115,7 +140,7 @@ static enum hobbit_status add_matrices(struct hb_catalog *c, const struct hobbit
     for (int32_t g = 0; g < c->n_groups; g++) {
         struct hb_copy *copies = c->groups[g].copies;
         int32_t n_high = copies[HOBBIT_HIGH].n_matrices, n_low = copies[HOBBIT_LOW].n_matrices;
-        if (n_high == 0 || (n_low != 0 && n_low != n_high)) {
+        if (n_high == 0 || (n_low != 0 && n_low != n_high) || !completes(&copies[HOBBIT_HIGH], &copies[HOBBIT_LOW])) {
             snprintf(err, err_len, "the experts of layer %d have %d matrices, and %d of low precision",
                      c->groups[g].layer, n_high, n_low);
             return HOBBIT_FORMAT;

@@ -17,8 +17,10 @@ struct hb_matrix {
     int32_t file, type;
     int64_t ne0, ne1;
     uint64_t offset;       /* of expert 0 in the file */
-    uint64_t expert_bytes; /* also the distance between experts in the file */
+    uint64_t expert_bytes;
+    uint64_t file_bytes;   /* of an expert in the file, and the distance between them: less than all of a nested one */
     uint64_t slot_offset;  /* of the matrix within a slot */
+    uint64_t load_offset;  /* where in a slot the file's bytes go: the end of a nested matrix, else its beginning */
     bool bounce;           /* the distance between experts breaks the file's alignment */
 };
 
@@ -28,15 +30,17 @@ struct hb_copy {
     struct hb_matrix *matrices[HB_GROUP_MATRICES];
     uint64_t expert_bytes; /* of all matrices */
     uint64_t slot_bytes;   /* expert_bytes plus padding */
+    bool nested;           /* to be completed by the low copy */
 };
 
 struct hb_group {
     int32_t layer, n_expert;
+    int32_t first_expert; /* of n_experts in all groups */
     struct hb_copy copies[HOBBIT_PRECISIONS];
 };
 
 struct hb_catalog {
-    int32_t n_files, n_matrices, n_groups;
+    int32_t n_files, n_matrices, n_groups, n_experts;
     char **paths;
     struct hb_file *files;
     struct hb_matrix *matrices;

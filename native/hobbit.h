@@ -70,6 +70,8 @@ struct hobbit_matrix {
     int64_t ne0, ne1;
     uint64_t offset; /* of expert 0 in the file, bytes */
     uint64_t expert_bytes;
+    uint64_t plane_bytes; /* of a nested high matrix: what the file has of an expert there, the plane that completes the
+                             low copy (see nested.h); 0: all of it */
 };
 
 /* What is cached as a unit: all matrices of one expert of one layer, in one precision. */
@@ -112,6 +114,7 @@ struct hobbit_rule {
     const float *t1, *t2;  /* one a group, t1 <= t2; copied. NULL: no scoring, everything is high */
     int32_t deterministic; /* the need decides alone; else a better copy that is cached is used */
     int32_t renormalise;   /* after a skip, the token's other gate weights grow to the old sum */
+    int32_t patience;      /* the high copy of an expert is read when it was needed so often; before, a low one is used */
     int32_t experts;       /* a token's others are skipped; 0: all are used */
     float substitute;      /* lambda of cache-aware routing, for comparisons; 0: off. See native/substitute.h */
     int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "gguf_stream.h"
+#include "nested.h"
 #include "schedule.h"
 
 #define DEFAULT_IO_THREADS 4
@@ -17,6 +18,10 @@ struct load {
     struct hb_key key;
     int32_t slot;
     bool background; /* nobody waits for it */
+    /* Of a nested high copy: the low one that it is made from, pinned; `with_low` when it is read by the same job. */
+    const struct hb_group *nested;
+    bool with_low;
+    char *data, *low_data;
 };
 
 struct bank {
@@ -45,6 +50,7 @@ struct hobbit_model {
         double sum;
         uint64_t n;
     } *ranges; /* one a group: of the router's logits */
+    uint16_t *in_vain; /* one an expert: how often its high copy was needed since it was read last */
     struct hb_gathered gathered;
     struct hb_schedule *schedule; /* recorded or replayed, or NULL */
     bool low_kept;
@@ -267,13 +273,14 @@ int32_t hobbit_model_set_rule(struct hobbit_model *m, const struct hobbit_rule *
     size_t bytes = (size_t) m->catalog.n_groups * sizeof *rule->t1;
     if (m->ranges == NULL) {
         m->ranges = calloc((size_t) m->catalog.n_groups, sizeof *m->ranges);
+        m->in_vain = calloc((size_t) m->catalog.n_experts, sizeof *m->in_vain);
     }
-    if (m->ranges == NULL) {
+    if (m->ranges == NULL || m->in_vain == NULL) {
         snprintf(err, err_len, "out of memory");
         return HOBBIT_NOMEM;
     }
     struct hb_rule new = {active, rule->deterministic != 0, rule->renormalise != 0,
-                          rule->per_token != 0 && rule->deterministic != 0, rule->experts, rule->substitute,
+                          rule->per_token != 0 && rule->deterministic != 0, rule->patience, rule->experts, rule->substitute,
                           NULL, NULL};
     if (active) {
         new.t1 = malloc(bytes);
@@ -334,6 +341,100 @@ int32_t hobbit_model_schedule_end(struct hobbit_model *m, char *err, size_t err_
     return HOBBIT_OK;
 }
 
+static struct bank *bank_of(const struct hobbit_model *m, struct hb_key key) {
+    return &m->pools[m->pool_of_group[key.group]].banks[key.precision];
+}
+
+static void set_piece(const struct hobbit_model *m, struct hb_piece *piece, const struct hb_matrix *matrix,
+                      int32_t expert, char *slot) {
+    *piece = (struct hb_piece) {
+        .file = &m->catalog.files[matrix->file],
+        .file_index = matrix->file,
+        .bounce = matrix->bounce,
+        .offset = matrix->offset + (uint64_t) expert * matrix->file_bytes,
+        .length = matrix->file_bytes,
+        .dst = slot + matrix->load_offset,
+    };
+}
+
+static char *slot_data(const struct hobbit_model *m, struct hb_key key, int32_t slot) {
+    struct hb_arena arena = bank_of(m, key)->arena;
+    return arena.base + (uint64_t) slot * arena.slot_bytes;
+}
+
+static void add_pieces(const struct hobbit_model *m, struct hb_job *job, struct hb_key key, char *data) {
+    const struct hb_copy *copy = &m->catalog.groups[key.group].copies[key.precision];
+    for (int32_t i = 0; i < copy->n_matrices; i++) {
+        set_piece(m, &job->pieces[job->n_pieces++], copy->matrices[i], key.expert, data);
+    }
+}
+
+/* On a reader's thread: the planes of a nested high copy become its matrices. */
+static void merge_planes(struct hb_job *job) {
+    const struct load *load = job->owner;
+    const struct hb_copy *copies = load->nested->copies;
+    for (int32_t i = 0; i < copies[HOBBIT_HIGH].n_matrices; i++) {
+        const struct hb_matrix *high = copies[HOBBIT_HIGH].matrices[i], *low = copies[HOBBIT_LOW].matrices[i];
+        hb_nested_merge(load->low_data + low->slot_offset, load->data + high->load_offset, load->data + high->slot_offset,
+                        high->expert_bytes / HB_Q8_0_BLOCK);
+    }
+}
+
+static struct hb_key low_of(struct hb_key key) {
+    return (struct hb_key) {key.group, key.expert, HOBBIT_LOW};
+}
+
+/* Pin the low copy that a nested high one is made from, or claim a slot to read it into. False: not now. */
+static bool claim_low(struct hobbit_model *m, struct hb_key key, bool *with_low) {
+    struct hb_key low = low_of(key);
+    int32_t slot = hb_cache_peek(m->cache, low);
+    *with_low = slot < 0;
+    if (slot >= 0) {
+        hb_cache_pin(m->cache, low, true);
+        return true;
+    }
+    return hb_cache_slot(m->cache, low) < 0 && hb_cache_claim(m->cache, low) >= 0;
+}
+
+static void give_up_low(struct hobbit_model *m, struct hb_key key, bool with_low) {
+    if (with_low) {
+        hb_cache_drop(m->cache, low_of(key));
+    } else {
+        hb_cache_pin(m->cache, low_of(key), false);
+    }
+}
+
+/* False when too much is pinned or under way. The copy has no slot yet. */
+static bool start_read(struct hobbit_model *m, struct hb_key key, bool background) {
+    const struct hb_group *group = &m->catalog.groups[key.group];
+    bool nested = group->copies[key.precision].nested, with_low = false;
+    if (nested && !claim_low(m, key, &with_low)) {
+        return false;
+    }
+    int32_t slot = hb_cache_claim(m->cache, key);
+    atomic_store(&m->counters.evictions, hb_cache_evictions(m->cache));
+    if (slot < 0) {
+        if (nested) {
+            give_up_low(m, key, with_low);
+        }
+        return false;
+    }
+    struct load *load = &bank_of(m, key)->loads[slot];
+    *load = (struct load) {.key = key, .slot = slot, .background = background, .nested = nested ? group : NULL,
+                           .with_low = with_low, .data = slot_data(m, key, slot)};
+    load->job.owner = load;
+    add_pieces(m, &load->job, key, load->data);
+    if (nested) {
+        load->low_data = slot_data(m, low_of(key), hb_cache_slot(m->cache, low_of(key)));
+        load->job.finish = merge_planes;
+        if (with_low) {
+            add_pieces(m, &load->job, low_of(key), load->low_data);
+        }
+    }
+    hb_reader_submit(m->reader, &load->job);
+    return true;
+}
+
 /* Reads low copies of a group from expert `next` on, a few at a time; the caller holds the lock. */
 static bool keep_group(struct hobbit_model *m, int32_t group) {
     int32_t n_expert = m->catalog.groups[group].n_expert, next = 0, under_way = 0;
@@ -343,7 +444,7 @@ static bool keep_group(struct hobbit_model *m, int32_t group) {
         if (good && next < n_expert && under_way < 2 * DEFAULT_IO_THREADS) {
             if (is_cached(m, group, next, HOBBIT_LOW)) {
                 hb_cache_keep(m->cache, key);
-            } else if (hb_model_fetch(m, key)) {
+            } else if (start_read(m, key, false)) {
                 under_way++;
             } else {
                 hb_model_fail(m, "the low-precision experts do not fit the cache");
@@ -392,6 +493,9 @@ void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
         hb_cache_forget(m->cache);
+        for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
+            m->in_vain[i] = 0;
+        }
         atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
     }
     hb_model_unlock(m);
@@ -440,6 +544,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->rule.t1);
     free(m->rule.t2);
     free(m->ranges);
+    free(m->in_vain);
     (void) hb_schedule_close(m->schedule);
     free_asked(m);
     hb_catalog_close(&m->catalog);
@@ -526,45 +631,6 @@ int32_t hb_model_home(const struct hobbit_model *m, int32_t group) {
     return hb_cache_home(m->cache, group);
 }
 
-static struct bank *bank_of(const struct hobbit_model *m, struct hb_key key) {
-    return &m->pools[m->pool_of_group[key.group]].banks[key.precision];
-}
-
-static void set_piece(const struct hobbit_model *m, struct hb_piece *piece, const struct hb_matrix *matrix,
-                      int32_t expert, char *slot) {
-    *piece = (struct hb_piece) {
-        .file = &m->catalog.files[matrix->file],
-        .file_index = matrix->file,
-        .bounce = matrix->bounce,
-        .offset = matrix->offset + (uint64_t) expert * matrix->expert_bytes,
-        .length = matrix->expert_bytes,
-        .dst = slot + matrix->slot_offset,
-    };
-}
-
-/* False when too much is pinned. The copy has no slot yet. */
-static bool start_read(struct hobbit_model *m, struct hb_key key, bool background) {
-    int32_t slot = hb_cache_claim(m->cache, key);
-    atomic_store(&m->counters.evictions, hb_cache_evictions(m->cache));
-    if (slot < 0) {
-        return false;
-    }
-    const struct hb_copy *copy = &m->catalog.groups[key.group].copies[key.precision];
-    struct bank *bank = bank_of(m, key);
-    struct load *load = &bank->loads[slot];
-    load->key = key;
-    load->slot = slot;
-    load->background = background;
-    load->job.owner = load;
-    load->job.n_pieces = copy->n_matrices;
-    for (int32_t i = 0; i < copy->n_matrices; i++) {
-        set_piece(m, &load->job.pieces[i], copy->matrices[i], key.expert,
-                  bank->arena.base + (uint64_t) slot * bank->arena.slot_bytes);
-    }
-    hb_reader_submit(m->reader, &load->job);
-    return true;
-}
-
 bool hb_model_is_cached(const struct hobbit_model *m, int32_t group, int32_t expert) {
     return is_cached(m, group, expert, HOBBIT_HIGH);
 }
@@ -615,13 +681,26 @@ static void ask_for_high(struct hobbit_model *m, struct hb_key key) {
     }
 }
 
+/* With patience: whether the low copy has to do this time too. */
+static bool stands_in(struct hobbit_model *m, struct hb_key key) {
+    uint16_t *in_vain = &m->in_vain[m->catalog.groups[key.group].first_expert + key.expert];
+    bool low = *in_vain + 1 < m->rule.patience;
+    *in_vain = low ? *in_vain + 1 : 0;
+    atomic_fetch_add(&m->counters.stand_ins, low);
+    return low;
+}
+
 int32_t hb_model_choose(struct hobbit_model *m, int32_t group, int32_t expert, int32_t need) {
     struct hb_key high = {group, expert, HOBBIT_HIGH};
-    if (m->rule.deterministic || (need == HOBBIT_HIGH && !m->low_kept)) {
+    bool patient = m->rule.patience > 1 && m->catalog.groups[group].copies[HOBBIT_LOW].n_matrices > 0;
+    if (m->rule.deterministic || (need == HOBBIT_HIGH && !m->low_kept && !patient)) {
         return need;
     }
     if (hb_cache_peek(m->cache, high) >= 0) {
         return HOBBIT_HIGH;
+    }
+    if (need == HOBBIT_HIGH && !m->low_kept) {
+        return stands_in(m, high) ? HOBBIT_LOW : HOBBIT_HIGH;
     }
     bool low = is_cached(m, group, expert, HOBBIT_LOW);
     if (need == HOBBIT_HIGH && low) {
@@ -647,14 +726,24 @@ int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key) {
     return slot;
 }
 
-bool hb_model_fetch(struct hobbit_model *m, struct hb_key key) {
-    int32_t slot = hb_cache_slot(m->cache, key);
-    if (slot >= 0) { /* it is being read in the background: wait for it after all */
-        bank_of(m, key)->loads[slot].background = false;
-        m->in_background--;
-        return true;
+enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t *slot) {
+    int32_t ready = hb_cache_peek(m->cache, key);
+    if (ready >= 0) {
+        hb_cache_pin(m->cache, key, true);
+        *slot = ready;
+        return HB_FETCH_READY;
     }
-    return start_read(m, key, false);
+    int32_t claimed = hb_cache_slot(m->cache, key);
+    if (claimed < 0) {
+        return start_read(m, key, false) ? HB_FETCH_STARTED : HB_FETCH_WAIT;
+    }
+    struct load *load = &bank_of(m, key)->loads[claimed];
+    if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
+        load->background = false; /* wait for it after all */
+        m->in_background--;
+        return HB_FETCH_STARTED;
+    }
+    return HB_FETCH_WAIT; /* a low copy that is being read with its high one */
 }
 
 void hb_model_fail(struct hobbit_model *m, const char *reason) {
@@ -680,15 +769,29 @@ static void count_arrival(struct hobbit_model *m, struct hb_key key) {
         atomic_fetch_add(&m->counters.read_low_bytes, bytes);
         return;
     }
-    struct hb_key low = {key.group, key.expert, HOBBIT_LOW};
-    if (!m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, low) >= 0) {
-        hb_cache_drop(m->cache, low); /* promoted: see hb_model_choose */
+    if (!m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, low_of(key)) >= 0) {
+        hb_cache_drop(m->cache, low_of(key)); /* promoted: see hb_model_choose */
     }
+}
+
+/* The low copy that a nested high one was made from is a copy like others now. */
+static void release_low(struct hobbit_model *m, const struct load *load) {
+    if (load->job.error != 0) {
+        give_up_low(m, load->key, load->with_low);
+        return;
+    }
+    if (load->with_low) {
+        hb_cache_loaded(m->cache, low_of(load->key));
+    }
+    hb_cache_pin(m->cache, low_of(load->key), false);
 }
 
 /* False when the read failed. */
 static bool take_in(struct hobbit_model *m, const struct load *load) {
     const struct hb_job *job = &load->job;
+    if (load->nested != NULL) {
+        release_low(m, load);
+    }
     if (job->error == 0) {
         hb_cache_loaded(m->cache, load->key);
         count_arrival(m, load->key);
@@ -748,6 +851,10 @@ void hb_model_withdraw(struct hobbit_model *m) {
 
 bool hb_model_read(struct hobbit_model *m, const struct hb_matrix *matrix, void *dst, uint64_t offset,
                    size_t length) {
+    if (matrix->file_bytes != matrix->expert_bytes) {
+        hb_model_fail(m, "the experts of a nested copy cannot be read as a tensor");
+        return false;
+    }
     struct hb_file file;
     size_t done = 0;
     int error = hb_file_open(&file, m->catalog.paths[matrix->file], false);

@@ -26,7 +26,7 @@ struct hb_counters {
 struct hb_rule {
     bool active; /* else everything is high, and there are no thresholds */
     bool deterministic, renormalise, per_token;
-    int32_t experts;
+    int32_t patience, experts;
     float substitute;
     float *t1, *t2; /* one a group */
 };
@@ -69,6 +69,12 @@ bool hb_model_cancelled(const struct hobbit_model *model);
  * dropped: it would never be used beside it. An evicted high copy is not demoted: its low copy is read when it is
  * asked for. With a deterministic rule the need decides alone, and both copies may stay.
  *
+ * The high copy of a nested model is the low one and a plane that completes it: it is read with the low copy where
+ * that is not cached, and without it where it is, which makes a promotion cheap.
+ *
+ * With patience n > 1, a high need gets a high copy that is cached, and else the low one, until it was in vain n - 1
+ * times: then the high copy is read. So experts that are asked for often are soon high, and the others stay cheap.
+ *
  * Where all low copies are kept, a high need gets a high copy that is cached, and else the low one at once; the high
  * one is then perhaps promoted in the background. */
 int32_t hb_model_choose(struct hobbit_model *model, int32_t group, int32_t expert, int32_t need);
@@ -83,8 +89,13 @@ float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range
 void hb_model_settle(struct hobbit_model *model);
 /* Count the look-up; a cached copy is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key);
-/* Start reading a missing copy; false when too much is pinned: release some first. */
-bool hb_model_fetch(struct hobbit_model *model, struct hb_key key);
+enum hb_fetch {
+    HB_FETCH_STARTED, /* it will arrive */
+    HB_FETCH_READY,   /* it came with another copy meanwhile: it is pinned, in `*slot` */
+    HB_FETCH_WAIT,    /* too much is pinned or under way: release some, or take in an arrival, first */
+};
+/* Start reading a missing copy. */
+enum hb_fetch hb_model_fetch(struct hobbit_model *model, struct hb_key key, int32_t *slot);
 
 struct hb_arrival {
     struct hb_key key; /* expert -1: nothing arrived */

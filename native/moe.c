@@ -134,11 +134,13 @@ static void fetch(struct wave *w) {
         if (e->state != MISSING) {
             continue;
         }
-        if (!hb_model_fetch(w->segment->model, key_of(w, e))) {
+        enum hb_fetch fetched = hb_model_fetch(w->segment->model, key_of(w, e), &e->slot);
+        if (fetched == HB_FETCH_WAIT) {
             return;
         }
-        e->state = LOADING;
-        w->loading++;
+        e->state = fetched == HB_FETCH_READY ? READY : LOADING;
+        w->ready += e->state == READY;
+        w->loading += e->state == LOADING;
     }
 }
 

@@ -82,7 +82,8 @@ static int read_block(const struct block *b, char *bounce) {
     return 0;
 }
 
-static void finish_block(struct hb_reader *r, const struct block *b, int error) {
+/* True when it was the job's last. */
+static bool finish_block(struct hb_reader *r, const struct block *b, int error) {
     struct hb_job *job = b->job;
     if (error != 0 && job->error == 0) {
         job->error = error;
@@ -91,10 +92,18 @@ static void finish_block(struct hb_reader *r, const struct block *b, int error) 
     }
     r->bytes += error == 0 ? b->length : 0;
     r->calls++;
-    if (--job->blocks_pending == 0 && job->piece == job->n_pieces) {
-        append(&r->finished_head, &r->finished_tail, job);
-        pthread_cond_signal(&r->done);
+    return --job->blocks_pending == 0 && job->piece == job->n_pieces;
+}
+
+/* Caller holds the lock. */
+static void finish_job(struct hb_reader *r, struct hb_job *job) {
+    if (job->error == 0 && job->finish != NULL) {
+        pthread_mutex_unlock(&r->lock);
+        job->finish(job);
+        pthread_mutex_lock(&r->lock);
     }
+    append(&r->finished_head, &r->finished_tail, job);
+    pthread_cond_signal(&r->done);
 }
 
 static void *worker(void *argument) {
@@ -115,7 +124,9 @@ static void *worker(void *argument) {
         pthread_mutex_unlock(&r->lock);
         int error = block.piece->bounce && bounce == NULL ? ENOMEM : read_block(&block, bounce);
         pthread_mutex_lock(&r->lock);
-        finish_block(r, &block, error);
+        if (finish_block(r, &block, error)) {
+            finish_job(r, block.job);
+        }
     }
     pthread_mutex_unlock(&r->lock);
     free(bounce);

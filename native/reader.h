@@ -14,7 +14,7 @@
 
 #include "os.h"
 
-#define HB_JOB_PIECES 4
+#define HB_JOB_PIECES 8
 
 /* With `bounce`, the bytes pass through a worker's aligned buffer because `dst` and `offset` disagree modulo the
  * file's alignment; without it a direct read may write the aligned superset of [dst, dst + length). */
@@ -31,6 +31,7 @@ struct hb_job {
     struct hb_piece pieces[HB_JOB_PIECES];
     int32_t n_pieces;
     void *owner;            /* the caller's */
+    void (*finish)(struct hb_job *job); /* called by a worker when all pieces are there, before it counts as done */
     int error;              /* 0, an errno value, HB_SHORT_READ or HB_FORKED */
     int32_t error_file;     /* file_index of the piece that failed */
     uint64_t error_offset;  /* where */

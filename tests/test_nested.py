@@ -17,6 +17,7 @@ from gguf.quants import dequantize, quantize
 from moefile import write_moe
 
 from hobbit import _native, nested
+from hobbit import layout as layout_module
 from hobbit.errors import HobbitError, ModelError, ReadError
 from hobbit.gguf_file import GGUF, open_gguf
 from hobbit.layout import Layout, build_layout
@@ -99,7 +100,7 @@ def test_experts_come_back_and_the_rest_is_as_it_was(
     layout = model(tmp_path / "source.gguf", **options)
     dest = nested.make_nested(layout, tmp_path / "new" / "nested.gguf")
     source, copy = layout.gguf, open_gguf(dest)
-    assert nested.is_nested(copy) and not nested.is_nested(source)
+    assert layout_module.is_nested(copy) and not layout_module.is_nested(source)
     for name in source.tensors:
         if name in layout.streamed:
             n_expert = source.tensors[name].shape[2]
@@ -171,11 +172,11 @@ def test_a_scale_out_of_range_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = model(tmp_path / "source.gguf")
-    monkeypatch.setattr(nested, "NESTED_VERSION", 2)
+    monkeypatch.setattr(layout_module, "NESTED_VERSION", 2)
     copy = open_gguf(nested.make_nested(layout, tmp_path / "nested.gguf"))
     monkeypatch.undo()
     with pytest.raises(ModelError, match="a nested copy of version 2; this hobbit reads version 1"):
-        nested.is_nested(copy)
+        layout_module.is_nested(copy)
 
 
 def test_the_model_is_not_overwritten(tmp_path: Path) -> None:

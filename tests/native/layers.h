@@ -29,10 +29,13 @@ struct variant {
 static const struct variant variants[] = {
     {.name = "Q8_0", .type = GGML_TYPE_Q8_0, .low_type = GGML_TYPE_Q4_0, .gated = true, .n_used = 3},
     {.name = "Q4_K, fused", .type = GGML_TYPE_Q4_K, .low_type = GGML_TYPE_Q3_K, .fused = true, .n_used = 2},
-    {.name = "Q6_K, biased", .type = GGML_TYPE_Q6_K, .low_type = GGML_TYPE_Q4_1, .gated = true, .biased = true, .n_used = 3},
+    {.name = "Q6_K, biased", .type = GGML_TYPE_Q6_K, .low_type = GGML_TYPE_Q4_1,
+     .gated = true, .biased = true, .n_used = 3},
     {.name = "F16, no gate", .type = GGML_TYPE_F16, .low_type = GGML_TYPE_Q8_0, .n_used = 2},
-    {.name = "F32, scaled", .type = GGML_TYPE_F32, .low_type = GGML_TYPE_F16, .gated = true, .scaled = true, .n_used = 2},
-    {.name = "Q8_0, weights first", .type = GGML_TYPE_Q8_0, .low_type = GGML_TYPE_Q4_0, .gated = true, .weights_first = true, .n_used = 1},
+    {.name = "F32, scaled", .type = GGML_TYPE_F32, .low_type = GGML_TYPE_F16,
+     .gated = true, .scaled = true, .n_used = 2},
+    {.name = "Q8_0, weights first", .type = GGML_TYPE_Q8_0, .low_type = GGML_TYPE_Q4_0,
+     .gated = true, .weights_first = true, .n_used = 1},
 };
 #ifdef __SANITIZE_THREAD__ /* slow, and threads do the same for all */
 enum { N_VARIANTS = 1 };
@@ -179,9 +182,11 @@ static inline struct hobbit_model *open_model(int32_t io, struct room room, bool
             for (enum role role = UP; role <= GATE_UP; role++) {
                 if (has(file.variant, role)) {
                     snprintf(names[n], sizeof names[n], "%d.%d", layer, role);
-                    matrices[n] = (struct hobbit_matrix) {names[n], layer, p, p, (int32_t) file.copies[p].type, EMBD,
-                                                          rows_of(role), file.copies[p].offset[layer][role],
-                                                          expert_bytes(p, role)};
+                    matrices[n] = (struct hobbit_matrix) {
+                        .name = names[n], .group = layer, .precision = p, .file = p,
+                        .type = (int32_t) file.copies[p].type, .ne0 = EMBD, .ne1 = rows_of(role),
+                        .offset = file.copies[p].offset[layer][role], .expert_bytes = expert_bytes(p, role),
+                    };
                     n++;
                 }
             }

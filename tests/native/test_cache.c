@@ -105,6 +105,26 @@ static void pinned_slots_stay(void) {
     hb_cache_free(c);
 }
 
+static void pins_are_counted(void) {
+    struct hb_cache *c = one_pool(1, 8);
+    load(c, high(0, 0));
+    hb_cache_pin(c, high(0, 0), true);
+    hb_cache_pin(c, high(0, 0), true);
+    hb_cache_pin(c, high(0, 0), false);
+    CHECK_EQUAL(hb_cache_claim(c, high(0, 1)), -1);
+    hb_cache_pin(c, high(0, 0), false);
+    CHECK_EQUAL(load(c, high(0, 1)), 0);
+    CHECK_EQUAL(hb_cache_claim(c, high(0, 2)), 0);
+    hb_cache_pin(c, high(0, 2), true); /* while it is LOADING */
+    hb_cache_loaded(c, high(0, 2));
+    hb_cache_pin(c, high(0, 2), false);
+    CHECK_EQUAL(hb_cache_claim(c, high(0, 3)), -1);
+    hb_cache_drop(c, high(0, 2)); /* and its pins */
+    CHECK_EQUAL(load(c, high(0, 2)), 0);
+    CHECK_EQUAL(load(c, high(0, 3)), 0);
+    hb_cache_free(c);
+}
+
 static void loading_slots_are_neither_found_nor_evicted(void) {
     struct hb_cache *c = one_pool(2, 8);
     CHECK_EQUAL(hb_cache_claim(c, high(0, 0)), 0);
@@ -330,7 +350,8 @@ static const int32_t stress_experts[GROUPS] = {EXPERTS, EXPERTS, 4, EXPERTS, 7, 
 
 struct entry {
     enum hb_slot_state state;
-    bool pinned, kept;
+    int32_t pins;
+    bool kept;
     int32_t slot;
     uint64_t used;
 };
@@ -377,7 +398,7 @@ static struct hb_key oldest(struct model *m, int32_t pool, bool high_too, bool l
     struct hb_key best = {.group = -1};
     FOR_EACH_COPY(key, pool) {
         const struct entry *e = entry_of(m, key);
-        bool may_go = e->state == HB_SLOT_READY && !e->pinned && !e->kept;
+        bool may_go = e->state == HB_SLOT_READY && e->pins == 0 && !e->kept;
         if (may_go && (key.precision == HOBBIT_HIGH ? high_too : low_too) &&
             (best.group < 0 || e->used < entry_of(m, best)->used)) {
             best = key;
@@ -424,7 +445,7 @@ static void claim(struct model *m, struct hb_cache *c, struct hb_key key) {
             const struct entry *e = entry_of(m, other);
             CHECK(other.precision != key.precision || e->state == HB_SLOT_FREE || e->slot != slot);
         }
-        *entry_of(m, key) = (struct entry) {HB_SLOT_LOADING, true, false, slot, ++m->clock};
+        *entry_of(m, key) = (struct entry) {HB_SLOT_LOADING, 1, false, slot, ++m->clock};
     }
 }
 
@@ -484,9 +505,12 @@ static void step(struct model *m, struct hb_cache *c, bool keeps, uint64_t *seed
     } else if (keeps && check_random(seed, 200) == 0) {
         hb_cache_keep(c, key);
         entry->kept = true;
-    } else {
-        entry->pinned = check_random(seed, 4) == 0;
-        hb_cache_pin(c, key, entry->pinned);
+    } else if (check_random(seed, 4) == 0) {
+        hb_cache_pin(c, key, true);
+        entry->pins++;
+    } else if (entry->pins > 0) {
+        hb_cache_pin(c, key, false);
+        entry->pins--;
     }
 }
 
@@ -522,6 +546,7 @@ static void every_failed_allocation_is_survived(void) {
 int main(void) {
     RUN(evicts_the_least_recently_used);
     RUN(pinned_slots_stay);
+    RUN(pins_are_counted);
     RUN(loading_slots_are_neither_found_nor_evicted);
     RUN(a_dropped_copy_frees_its_slot);
     RUN(complete_pools_have_home_slots);

@@ -190,6 +190,14 @@ static void the_arena_has_room_for_low_copies(void) {
     hobbit_model_close(m);
 }
 
+/* Whether a read has started. */
+static bool fetch(struct hobbit_model *m, struct hb_key key) {
+    int32_t slot;
+    enum hb_fetch fetched = hb_model_fetch(m, key, &slot);
+    CHECK(fetched != HB_FETCH_READY); /* it was missing a moment ago */
+    return fetched == HB_FETCH_STARTED;
+}
+
 /* One computation's use of these copies: look up, fetch, collect, release. Returns how many reads failed. */
 static int use_copies(struct hobbit_model *m, const struct hb_key *keys, int32_t n) {
     int loading = 0, failed = 0;
@@ -198,7 +206,7 @@ static int use_copies(struct hobbit_model *m, const struct hb_key *keys, int32_t
     for (int32_t i = 0; i < n; i++) {
         slots[i] = hb_model_look_up(m, keys[i]);
         if (slots[i] < 0) {
-            CHECK(hb_model_fetch(m, keys[i]));
+            CHECK(fetch(m, keys[i]));
             loading++;
         }
     }
@@ -276,15 +284,38 @@ static void pinned_experts_keep_their_slots(void) {
     hb_model_lock(m);
     int32_t slot = hb_model_look_up(m, high(0, 3));
     CHECK_EQUAL(slot, 0);
-    CHECK(!hb_model_fetch(m, high(0, 4)));
-    CHECK(hb_model_fetch(m, high(1, 4))); /* another pool */
+    CHECK(!fetch(m, high(0, 4)));
+    CHECK(fetch(m, high(1, 4))); /* another pool */
     CHECK(!hb_model_arrival(m, true).failed);
     CHECK(slot_holds(m, high(0, 3), slot));
     hb_model_release(m, high(0, 3));
-    CHECK(hb_model_fetch(m, high(0, 4)));
+    CHECK(fetch(m, high(0, 4)));
     CHECK(!hb_model_arrival(m, true).failed);
     hb_model_release(m, high(0, 4));
     hb_model_release(m, high(1, 4));
+    hb_model_unlock(m);
+    hobbit_model_close(m);
+}
+
+static void a_copy_is_read_once_and_pinned_by_all_who_ask(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 1);
+    int32_t slot = -1;
+    hb_model_lock(m);
+    CHECK(fetch(m, high(0, 3)));
+    CHECK_EQUAL(hb_model_fetch(m, high(0, 3), &slot), HB_FETCH_WAIT); /* it is under way */
+    CHECK_EQUAL(hb_model_fetch(m, high(0, 4), &slot), HB_FETCH_WAIT);
+    CHECK(!hb_model_arrival(m, true).failed);
+    CHECK_EQUAL(hb_model_fetch(m, high(0, 3), &slot), HB_FETCH_READY);
+    CHECK(slot == 0 && slot_holds(m, high(0, 3), slot));
+    CHECK_EQUAL(hb_model_look_up(m, high(0, 3)), 0);
+    for (int i = 0; i < 3; i++) { /* one for each of us */
+        CHECK(!fetch(m, high(0, 4)));
+        hb_model_release(m, high(0, 3));
+    }
+    CHECK(fetch(m, high(0, 4)));
+    CHECK(!hb_model_arrival(m, true).failed);
+    hb_model_release(m, high(0, 4));
+    CHECK_EQUAL(hb_model_arrival(m, true).key.expert, -1);
     hb_model_unlock(m);
     hobbit_model_close(m);
 }
@@ -337,7 +368,7 @@ static void closing_waits_for_reads_under_way(void) {
     faults_pread = slow;
     hb_model_lock(m);
     for (int32_t e = 0; e < EXPERTS; e++) {
-        CHECK(hb_model_fetch(m, high(0, e)));
+        CHECK(fetch(m, high(0, e)));
     }
     hb_model_unlock(m);
     hobbit_model_close(m);
@@ -374,7 +405,7 @@ static void reads_not_begun_can_be_withdrawn(void) {
     faults_pread = faults_gated_pread;
     hb_model_lock(m);
     for (int32_t e = 0; e < EXPERTS; e++) {
-        CHECK(hb_model_fetch(m, high(0, e)));
+        CHECK(fetch(m, high(0, e)));
     }
     faults_await_preads(2); /* both threads are at expert 0 */
     hb_model_withdraw(m);
@@ -542,8 +573,8 @@ static void a_better_copy_that_is_cached_is_chosen(void) {
 static void what_is_under_way_is_not_yet_cached(void) {
     struct hobbit_model *m = mixed_model(EXPERTS * 100000);
     hb_model_lock(m);
-    CHECK(hb_model_fetch(m, low(1)));
-    CHECK(hb_model_fetch(m, high(0, 2)));
+    CHECK(fetch(m, low(1)));
+    CHECK(fetch(m, high(0, 2)));
     CHECK_EQUAL(hb_model_choose(m, 0, 1, HOBBIT_SKIP), HOBBIT_SKIP);
     CHECK_EQUAL(hb_model_choose(m, 0, 2, HOBBIT_LOW), HOBBIT_LOW);
     CHECK(!hb_model_arrival(m, true).failed);
@@ -736,6 +767,7 @@ int main(void) {
     RUN(experts_arrive_byte_by_byte);
     RUN(counters_tell_what_happened);
     RUN(pinned_experts_keep_their_slots);
+    RUN(a_copy_is_read_once_and_pinned_by_all_who_ask);
     RUN(failed_reads_leave_the_cache_usable);
     RUN(a_file_cut_short_is_named_with_the_offset);
     RUN(closing_waits_for_reads_under_way);

@@ -189,7 +189,8 @@ static void unknown_experts_fail_the_computation(void) {
 static void start_threads(struct hobbit_model *m) {
     hb_model_lock(m);
     struct hb_key key = {0, 0, HOBBIT_HIGH};
-    CHECK(hb_model_fetch(m, key));
+    int32_t slot;
+    CHECK_EQUAL(hb_model_fetch(m, key, &slot), HB_FETCH_STARTED);
     CHECK(!hb_model_arrival(m, true).failed);
     hb_model_release(m, key);
     hb_model_unlock(m);

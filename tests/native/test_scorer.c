@@ -77,7 +77,8 @@ static void scores_are_never_above_one(void) {
     for (int i = 0; i < 3000; i++) {
         int n = 1 + (int) check_random(&seed, i % 50 == 0 ? MAX : 24);
         for (int k = 0; k < n; k++) {
-            weights[k] = ldexpf(1 + (float) check_random(&seed, 1 << 20) / (1 << 20), (int) check_random(&seed, 250) - 125);
+            float w = 1 + (float) check_random(&seed, 1 << 20) / (1 << 20);
+            weights[k] = ldexpf(w, (int) check_random(&seed, 250) - 125);
         }
         hb_scorer_scores(weights, n, scores);
         for (int k = 0; k < n; k++) {
