@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import signal
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def test_tasks(model: Path, tmp_path: Path) -> None:
 def test_ctrl_c_stops_it(bare: Path) -> None:
     """In the middle of decoding, with the model closed in an orderly way."""
     with started("eval", bare, "--tokens", "100000", "-t", "1", "--memory", "1G") as process:
-        wait_for(process.stderr, b"exact:")
+        wait_for(process.stderr, b"exact")
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=20)
         assert process.returncode == 130

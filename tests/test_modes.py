@@ -24,6 +24,9 @@ from hobbit.rule import ALL_LOW, EXACT, Rule
         ("skip-only:0.9", Rule(0.9, 0.9)),
         ("0.6:0.9", Rule(0.6, 0.9)),
         ("0:1", Rule(0.0, 1.0)),
+        ("0.6:0.9:4", Rule(0.6, 0.9, patience=4)),
+        ("fewer:1", Rule(deterministic=True, renormalise=True, experts=1)),
+        ("substitute:0.5", Rule(substitute=0.5)),
         ("0.015", RULES[1]),
         ("1e-2", None),
         ("high", None),
@@ -36,10 +39,12 @@ def test_modes(name: str, rule: Rule | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["best", "", "0.6:0.9:1", "skip-only", "skip-only:2", "0.9:x", "-1"]
+    "name", ["best", "", "0.6:0.9:x", "0:1:2:3", "skip-only", "skip-only:2", "0.9:x", "-1"]
 )
 def test_unknown_modes(name: str) -> None:
-    with pytest.raises(UsageError, match=r"unknown mode|must be a number from 0 to 1"):
+    with pytest.raises(
+        UsageError, match=r"unknown mode|must be a number from 0 to 1|must be T1:T2 or"
+    ):
         mode(name, CALIBRATION, "m.gguf")
 
 

@@ -67,7 +67,7 @@ IMPORTS: dict[str, set[str]] = {
     # What a rule costs.
     "choices": {"errors", "evaluate", "forced", "rule", "texts"},
     "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
-    "forced": {"llama", "rule", "stats"},
+    "forced": {"errors", "llama", "rule", "stats"},
     "search": {"calibration", "rule"},
     # What a person touches.
     "__init__": {"errors", "llama"},
