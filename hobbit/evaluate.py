@@ -185,9 +185,12 @@ def windows(tokens: Sequence[int], sample: Sample, bos: int | None = None) -> li
     parts = [[*first, *tokens[(at := round(i * gap)) : at + size]] for i in range(count)]
     counted = sum(_counted(sample, step, at) for step, at in _steps(parts))
     if counted < MIN_TOKENS:
+        what = f"a text of {len(tokens)} tokens is too short"
+        if len(tokens) > sample.limit:
+            what = f"a limit of {sample.limit} tokens is too low"
         raise UsageError(
-            f"the text is too short: {counted} of its {len(tokens)} tokens count, after a warm-up "
-            f"of {sample.warmup} and the first {sample.skip} of a window; {MIN_TOKENS} are needed"
+            f"{what}: {counted} count, after a warm-up of {sample.warmup} and the first "
+            f"{sample.skip} of each window; {MIN_TOKENS} are needed"
         )
     return parts
 

@@ -15,8 +15,8 @@ from .low_file import find_low
 from .rule import ALL_LOW, EXACT, Rule
 
 HELP = (
-    "exact, high, balanced, fast, a KL budget (0.02), T1:T2[:PATIENCE] (0.6:0.9), all-low, skip-only:T, "
-    "fewer:K (experts), or substitute:LAMBDA (cache-aware routing)"
+    "exact, high, balanced, fast, a KL budget (0.02), T1:T2[:PATIENCE] (0.6:0.9), all-low, "
+    "skip-only:T, fewer:K (experts), or substitute:LAMBDA (cache-aware routing)"
 )
 
 _SKIP_ONLY, _FEWER, _SUBSTITUTE = "skip-only:", "fewer:", "substitute:"

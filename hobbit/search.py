@@ -30,6 +30,8 @@ _SKIP_SHARES = (0.06, 0.2)
 _AIM = 0.95
 _STEP_BACK = 0.95
 _GRID = 50
+# Shares closer than this are not both worth a measurement.
+_NEAR = 0.03
 
 Histogram = npt.NDArray[np.int64]
 Measure = Callable[[Rule], Point]
@@ -145,7 +147,8 @@ def search(
     # chord's share is within the budget, and by regula falsi a little below the largest one.
     for budget in sorted(budgets, reverse=True):
         share = low.largest_within(budget)
-        if run.left > 2 and 0 < share < 1:
+        near = min(abs(share - known) for known in low.shares())
+        if run.left > 2 and near > _NEAR:
             low.add(share, run.measured(run.rule(share, 0.0)))
     skip, renormalise = _skips(run, low)
     _combine(run, low, skip, budgets, renormalise)

@@ -15,7 +15,7 @@ import hobbit
 from hobbit.choices import ChoiceRow, Question, answer, read_questions
 from hobbit.errors import UsageError
 from hobbit.evaluate import log_normaliser
-from hobbit.forced import Forced
+from hobbit.forced import Forced, Logits
 from hobbit.rule import EXACT, Rule
 
 LOSSY = Rule(t1=0.5)
@@ -93,6 +93,19 @@ def test_answers_are_those_of_a_naive_computation(tokenize: Any, width: int) -> 
         )
     assert rows[0].agreement == rows[0].agreement_norm == 1
     assert rows[1].agreement < 1
+
+
+def test_the_length_of_a_choice_is_in_bytes() -> None:
+    """One letter of two bytes against two letters: all tokens cost the same."""
+
+    class Even(FakeModel):
+        def logits_of(self, context: Sequence[int], rule: Rule) -> Logits:
+            return np.zeros(self.n_vocab, dtype=np.float32)
+
+    asked = Question("which?", ("\u00e9", "ee"), (1, 0))
+    (row,) = answer(Even(), [asked], ARMS[:1], by_letter)
+    # With the space, 2 tokens over 2 bytes beat 3 over 2; a letter they would be 2 against 1.5.
+    assert row.accuracy_norm == 1
 
 
 def test_the_prompt_is_decoded_once() -> None:

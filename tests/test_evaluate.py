@@ -160,9 +160,16 @@ def test_a_short_text_is_one_window() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 100, 128])
 def test_too_short_a_text(n: int) -> None:
-    with pytest.raises(UsageError, match=rf"too short: \d+ of its {n} tokens count.*64 are needed"):
+    with pytest.raises(
+        UsageError, match=rf"text of {n} tokens is too short: \d+ count.*64 are needed"
+    ):
         compare(FakeModel(), TOKENS[:n], [("exact", EXACT)])
     compare(FakeModel(), TOKENS[:129], [("exact", EXACT)])
+
+
+def test_too_low_a_limit() -> None:
+    with pytest.raises(UsageError, match="limit of 100 tokens is too low: 35 count"):
+        compare(FakeModel(), TOKENS, [("exact", EXACT)], Sample(limit=100))
 
 
 def test_too_small_a_context() -> None:
