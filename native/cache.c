@@ -181,10 +181,24 @@ int32_t hb_cache_home(const struct hb_cache *c, int32_t group) {
     return pool->banks[HOBBIT_HIGH].n_slots >= pool->n_experts ? g->home : NONE;
 }
 
-/* A FREE slot whose bytes are counted as used: evicts what has to go. */
+static uint64_t evictable_bytes(const struct pool *pool) {
+    uint64_t bytes = 0;
+    for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+        for (int32_t i = 0; i < pool->banks[p].n_slots; i++) {
+            bytes += is_evictable(&pool->banks[p].slots[i]) ? pool->banks[p].slot_bytes : 0;
+        }
+    }
+    return bytes;
+}
+
+/* A FREE slot whose bytes are counted as used: evicts what has to go, and nothing if that is not enough. */
 static int32_t make_room(struct hb_cache *c, struct hb_key key, int32_t home) {
     struct pool *pool = &c->pools[c->groups[key.group].pool];
     struct bank *bank = &pool->banks[key.precision];
+    if (pool->used + bank->slot_bytes > pool->bytes &&
+        pool->used + bank->slot_bytes > pool->bytes + evictable_bytes(pool)) {
+        return NONE;
+    }
     for (;;) {
         int32_t index = home != NONE ? home : free_slot(bank);
         if (index != NONE && pool->used + bank->slot_bytes <= pool->bytes) {

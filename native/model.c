@@ -267,6 +267,11 @@ static bool thresholds_fit(const struct hobbit_model *m, const struct hobbit_rul
 
 int32_t hobbit_model_set_rule(struct hobbit_model *m, const struct hobbit_rule *rule, char *err, size_t err_len) {
     bool active = rule->t1 != NULL && rule->t2 != NULL;
+    if ((rule->t1 == NULL) != (rule->t2 == NULL) || rule->experts < 0 || rule->patience < 0 ||
+        rule->patience > UINT16_MAX || !(rule->substitute >= 0)) {
+        snprintf(err, err_len, "the rule has a number that makes no sense");
+        return HOBBIT_ARG;
+    }
     if (active && !thresholds_fit(m, rule, err, err_len)) {
         return HOBBIT_ARG;
     }
@@ -465,20 +470,42 @@ static bool keep_group(struct hobbit_model *m, int32_t group) {
     return good;
 }
 
-int32_t hobbit_model_keep_low(struct hobbit_model *m, char *err, size_t err_len) {
-    bool good = m->cache != NULL;
-    hb_model_lock(m);
-    if (good && m->asked_at == NULL) {
-        m->asked_at = calloc((size_t) m->catalog.n_groups, sizeof *m->asked_at);
-        good = m->asked_at != NULL;
-        for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
-            m->asked_at[g] = calloc((size_t) m->catalog.groups[g].n_expert, sizeof **m->asked_at);
-            good = m->asked_at[g] != NULL;
-        }
-        hb_model_fail(m, good ? "" : "out of memory");
+static void free_asked(struct hobbit_model *m) {
+    for (int32_t g = 0; m->asked_at != NULL && g < m->catalog.n_groups; g++) {
+        free(m->asked_at[g]);
     }
+    free(m->asked_at);
+    m->asked_at = NULL;
+}
+
+static bool new_asked(struct hobbit_model *m) {
+    m->asked_at = calloc((size_t) m->catalog.n_groups, sizeof *m->asked_at);
+    bool good = m->asked_at != NULL;
     for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
-        good = m->catalog.groups[g].copies[HOBBIT_LOW].n_matrices > 0 && keep_group(m, g);
+        m->asked_at[g] = calloc((size_t) m->catalog.groups[g].n_expert, sizeof **m->asked_at);
+        good = m->asked_at[g] != NULL;
+    }
+    if (!good) {
+        free_asked(m);
+        hb_model_fail(m, "out of memory");
+    }
+    return good;
+}
+
+int32_t hobbit_model_keep_low(struct hobbit_model *m, char *err, size_t err_len) {
+    hb_model_lock(m);
+    bool good = m->cache != NULL;
+    for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
+        good = m->catalog.groups[g].copies[HOBBIT_LOW].n_matrices > 0;
+    }
+    if (!good) {
+        hb_model_unlock(m);
+        snprintf(err, err_len, "the model was loaded without low-precision experts");
+        return HOBBIT_ARG;
+    }
+    good = m->asked_at != NULL || new_asked(m);
+    for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
+        good = keep_group(m, g);
     }
     m->low_kept = good;
     hb_model_unlock(m);
@@ -521,14 +548,6 @@ void *hobbit_model_stream(struct hobbit_model *m, char *err, size_t err_len) {
 
 int32_t hobbit_stream_close(void *file) {
     return fclose(file);
-}
-
-static void free_asked(struct hobbit_model *m) {
-    for (int32_t g = 0; m->asked_at != NULL && g < m->catalog.n_groups; g++) {
-        free(m->asked_at[g]);
-    }
-    free(m->asked_at);
-    m->asked_at = NULL;
 }
 
 void hobbit_model_close(struct hobbit_model *m) {

@@ -2,8 +2,9 @@
  *
  * A segment is computed in place when all its experts are cached, or else in batches of those experts that are in
  * memory: the hits first, while the misses are read, then the arrivals. A row of the result depends on its own
- * (token, expert) pair only, and all rows of one expert are computed together, so the grouping does not change a
- * bit of it.
+ * (token, expert) pair only, and all rows of one copy of an expert are computed together, so the grouping does not
+ * change a bit of it. (A rule that is per token divides the rows of an expert by need: ggml's K-quant kernels may round
+ * fewer rows otherwise.)
  *
  * A workspace belongs to one llama_context; the model's lock serialises the workspaces on one model.
  */

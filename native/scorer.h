@@ -11,7 +11,7 @@
  *
  *   s_0 = 0,  s_i = |w_0| + ... + |w_(i-1)|
  *
- * Always in [0, 1]; equal weights count in their order. */
+ * In [0, 1] for finite weights, else perhaps no number; equal weights count in their order. */
 void hb_scorer_scores(const float *weights, int n, float *scores);
 
 /* HOBBIT_HIGH where s <= t1, HOBBIT_LOW where s <= t2, else HOBBIT_SKIP. A score that is no number needs HIGH. */

@@ -411,6 +411,15 @@ static struct hb_key oldest(struct model *m, int32_t pool, bool high_too, bool l
 static int32_t make_room(struct model *m, struct hb_key key, int32_t home) {
     int32_t pool = stress_pool[key.group];
     const struct hobbit_pool *size = &stress_pools[pool];
+    uint64_t fixed = size->slot_bytes[key.precision]; /* what has to fit, whatever goes */
+    FOR_EACH_COPY(other, pool) {
+        const struct entry *e = entry_of(m, other);
+        bool may_go = e->state == HB_SLOT_READY && e->pins == 0 && !e->kept;
+        fixed += e->state != HB_SLOT_FREE && !may_go ? size->slot_bytes[other.precision] : 0;
+    }
+    if (fixed > size->bytes) {
+        return -1; /* nothing goes in vain */
+    }
     for (;;) {
         bool slots = home >= 0 || used_slots(m, pool, key.precision) < size->n_slots[key.precision];
         if (slots && used_bytes(m, pool) + size->slot_bytes[key.precision] <= size->bytes) {

@@ -674,6 +674,8 @@ static void rules_replace_one_another(void) {
     }
     atomic_store(&faults_allocation, 0);
     rule.t1 = NULL;
+    CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_ARG); /* half a rule */
+    rule.t2 = NULL;
     CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
     CHECK(!hb_model_rule(m)->active);
     hobbit_model_close(m);
