@@ -155,12 +155,16 @@ class TestDeterministic:
 
     RULE = Rule(0.35, 0.75, deterministic=True)
 
-    @pytest.mark.parametrize("name", SEVERAL)
-    @pytest.mark.parametrize("change", [{}, {"per_token": True}, {"renormalise": True}])
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            *((name, {}) for name in SEVERAL),
+            *((name, {"per_token": True}) for name in ("qwen3moe", "deepseek2", "layers-differ")),
+            *((name, {"renormalise": True}) for name in ("qwen3moe", "gpt-oss")),
+        ],
+    )
     def test_logits(self, name: str, change: dict[str, bool], bench: Bench) -> None:
         paths, rule = pair(bench, name), replace(self.RULE, **change)
-        if change and name not in ("qwen3moe", "deepseek2", "layers-differ"):
-            pytest.skip("once for these is enough")
         with mixed(paths, "all", rule=rule) as llm:
             expected = run(llm, MIXED)
             assert all(shares(llm.stats)), "the rule does not use all three"
