@@ -73,7 +73,9 @@ def calibrate(
     effort: Effort | None = None,
     on_progress: Progress | None = None,
 ) -> Calibration:
-    """Measure which rules keep which budgets, with the low copy `low`; `name` is the text's.
+    """Measure which rules keep which budgets; `name` is the text's.
+
+    `low` is the low copy, or the model itself if it is nested.
 
     Raises UnsupportedModelError for a model whose gate weights are not seen, UsageError for too
     short a text.
@@ -138,7 +140,7 @@ def _pointer(measured: Sequence[Callable[[str, Rule], Row]]) -> Callable[[Rule],
 def _opened(layout: Layout, low: Path | None, threads: int, memory: str | int, batch: int) -> Llama:
     """Load the model with room for half of its experts, or what the cap allows."""
     arguments: dict[str, Any] = {
-        "low": str(low) if low else None,
+        "low": str(low) if low and not layout.low else None,
         "memory": memory,
         "n_ctx": CONTEXT,
         "n_batch": batch,

@@ -40,6 +40,7 @@ from .render import (
     verbose_lines,
     verify_lines,
 )
+from .sizes import format_size
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -425,11 +426,23 @@ def prepare(
     ] = "auto",
     output: Annotated[
         Path | None,
-        _flag("-o", "--output", help="The file to make (default: MODEL.hobbit-low.gguf)."),
+        _flag(
+            "-o",
+            "--output",
+            help="The file to make (default: MODEL.hobbit-low.gguf, or MODEL.hobbit-nested.gguf).",
+        ),
     ] = None,
     threads: Annotated[
         int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
     ] = None,
+    nested: Annotated[
+        bool,
+        _flag(
+            "--nested",
+            help="Of a Q8_0 model: make one file with everything in it, whose low copies are "
+            "half of the high ones.",
+        ),
+    ] = False,
     low_file: Annotated[
         Path | None,
         _flag("--low-file", help="Make no copy: calibrate this smaller GGUF of the same model."),
@@ -478,7 +491,11 @@ def _prepare(options: PrepareOptions) -> int:
     text = read(options.file, CALIBRATION)
     layout = build_layout(open_gguf(_model_path(loading, screen)))
     screen.say(model_line(layout), *resident_lines(layout))
-    low = _low_copy(options, layout, text, screen)
+    if options.nested:
+        low = _nested_copy(options, layout, text, screen)
+        layout = build_layout(open_gguf(low))
+    else:
+        low = _low_copy(options, layout, text, screen)
     known = load(path_of(low), fingerprint(layout.gguf)) if path_of(low).exists() else None
     if options.calibration and (known is None or options.force or options.file):
         known = _calibrate(options, layout, low, text, screen)
@@ -495,7 +512,6 @@ def _prepare(options: PrepareOptions) -> int:
 
 def _low_copy(options: PrepareOptions, layout: Layout, text: str, screen: Screen) -> Path:
     """Make the low copy, or check the one that was named."""
-    from .calibrate import gather_importance
     from .gguf_file import open_gguf
     from .low_file import low_path
     from .low_writer import part_path
@@ -504,12 +520,8 @@ def _low_copy(options: PrepareOptions, layout: Layout, text: str, screen: Screen
 
     if options.low_file is not None:
         return low_copies(layout, options.low_file.expanduser()).gguf.parts[0].path
-    dest = low_path(layout.gguf) if options.output is None else options.output.expanduser()
-
-    def gather() -> Importance:
-        screen.say("gathering the importance of the experts' columns from text")
-        return gather_importance(layout, text, threads=options.n_threads, memory=options.memory)
-
+    dest = options.output.expanduser() if options.output else low_path(layout.gguf)
+    gather = partial(_gathered, options, layout, text, screen)
     try:
         with screen.progress() as report:
             made = prepare(
@@ -530,6 +542,46 @@ def _low_copy(options: PrepareOptions, layout: Layout, text: str, screen: Screen
         screen.say(f"{dest}: is made already", loss_line(errors_of(open_gguf(dest))))
     else:
         screen.say(*low_lines(made, layout))
+    return dest
+
+
+def _gathered(options: PrepareOptions, layout: Layout, text: str, screen: Screen) -> Importance:
+    from .calibrate import gather_importance
+    from .generate import interruptible
+
+    screen.say("gathering the importance of the experts' columns from text")
+    threads, memory = options.n_threads, options.memory
+    return interruptible(lambda: gather_importance(layout, text, threads=threads, memory=memory))
+
+
+def _nested_copy(options: PrepareOptions, layout: Layout, text: str, screen: Screen) -> Path:
+    """Make the nested copy, unless it is there."""
+    from .generate import interruptible
+    from .importance import read_importance
+    from .low_file import nested_path
+    from .nested import check, make_nested
+
+    dest = options.output.expanduser() if options.output else nested_path(layout.gguf)
+    if dest.exists() and not options.force:
+        screen.say(f"{dest}: is made already")
+        return dest
+    check(layout)
+    importance = None
+    if options.imatrix == "auto":
+        importance = _gathered(options, layout, text, screen)
+    elif options.imatrix not in ("none", "uniform"):
+        importance = read_importance(Path(options.imatrix).expanduser(), layout)
+    start = time.monotonic()
+    with screen.progress() as report:
+        interruptible(
+            lambda: make_nested(layout, dest, report, importance.row if importance else None)
+        )
+    seconds = max(time.monotonic() - start, 1e-9)
+    size = dest.stat().st_size
+    screen.say(
+        f"{dest}: {format_size(size)}, {100 * size / layout.gguf.nbytes:.0f} % of the model, "
+        f"written at {size / seconds / 1e6:.0f} MB/s; the model's own file is not needed beside it"
+    )
     return dest
 
 

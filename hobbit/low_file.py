@@ -24,6 +24,7 @@ from .layout import ExpertGroup, Layout, build_layout, tensor_info
 from .low_types import low_bytes, role
 
 SUFFIX = ".hobbit-low.gguf"
+NESTED_SUFFIX = ".hobbit-nested.gguf"
 GENERAL_TYPE = "experts"
 # Experts begin at a page, so that direct reads take as little more than them as can be.
 ALIGNMENT = 4096
@@ -104,6 +105,12 @@ def low_path(gguf: GGUF) -> Path:
     """
     beside, cached = _places(gguf)
     return beside if os.access(beside.parent, os.W_OK) else cached
+
+
+def nested_path(gguf: GGUF) -> Path:
+    """Say where the nested copy of a model is made: as low_path."""
+    low = low_path(gguf)
+    return low.with_name(low.name.removesuffix(SUFFIX) + NESTED_SUFFIX)
 
 
 def find_low(gguf: GGUF) -> Path | None:

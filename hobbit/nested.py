@@ -49,6 +49,11 @@ _LOW_BYTES = _BLOCK // 2
 _ALIGNMENT_KEY = "general.alignment"
 
 
+def check(layout: Layout) -> None:
+    """Raise ModelError for a model of which no nested copy can be made."""
+    _Plan.of(layout)
+
+
 def make_nested(
     layout: Layout,
     dest: Path,

@@ -79,8 +79,8 @@ IMPORTS: dict[str, set[str]] = {
     "cli": {
         "calibrate", "calibration", "choices", "demo", "errors", "evaluate", "fingerprint",
         "forced", "generate", "gguf_file", "hub", "importance", "layout", "llama", "low_file",
-        "low_writer", "memory", "modes", "options", "plot", "prepare", "quality", "render",
-        "report", "rule", "stock", "texts", "verify",
+        "low_writer", "memory", "modes", "nested", "options", "plot", "prepare", "quality",
+        "render", "report", "rule", "sizes", "stock", "texts", "verify",
     },
     "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
