@@ -1,15 +1,13 @@
 """Run a model on text to learn what its low copy is worth: importance, and what each rule costs.
 
-The KL of a rule is measured under `deterministic` and `per_token`, where every pair that may be low
-is low, whatever is cached. Without them a cached high copy is used in place of a low one, so that a
-run at any memory cap is closer to exact than that: the promise does not depend on the cap. Such a
-rule needs no single steps, so that batches are wide. Bytes do depend on the cap, and on steps of
-one token: they are measured in a pass of their own, with a cache of half the experts.
+Each rule is measured twice. Token by token with half of the experts cached, as a model is used:
+that gives its bytes, and its KL there. And under `deterministic` and `per_token`, where every pair that
+may be low is low: what no cache makes worse, and what --deterministic gives. That needs no single
+steps, so that batches are wide. With patience anything may be low: there all low is the bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +33,13 @@ IMPORTANCE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Effort:
-    """How much text is spent: tokens for each rule's KL, and for its bytes."""
+    """How much text is spent on each rule, in wide batches and token by token, and on how many."""
 
-    kl_tokens: int = 1024
-    bytes_tokens: int = 320
+    wide_tokens: int = 1024
+    single_tokens: int = 512
     window: int = 256
     measurements: int = MAX_MEASUREMENTS
+    patience: tuple[int, ...] = (2, 3, 5, 9)
 
 
 def gather_importance(
@@ -84,57 +83,68 @@ def calibrate(
     with closing(_opened(layout, low, threads, memory, WIDTH)) as llm, ExitStack() as stack:
         model = Forced(llm)
         tokens, bos = model.tokens(text), model.bos
-        measured = [
+        wide, single = [
             stack.enter_context(comparison(model, tokens, sample, bos=bos, on_progress=on_progress))
             for sample in (
-                Sample(effort.window, effort.kl_tokens, warmup=WIDTH, width=WIDTH),
-                Sample(effort.window, effort.bytes_tokens),
+                Sample(effort.window, effort.wide_tokens, warmup=WIDTH, width=WIDTH),
+                Sample(effort.window, effort.single_tokens),
             )
         ]
         with llm.observe() as histogram:
-            rows = [measured[0]("exact", EXACT)]
+            row = single("exact", EXACT)
+            exact = _point(EXACT, wide("exact", EXACT), row)
         if llm.stats.unscored:
             raise UnsupportedModelError(
                 f"{layout.gguf.parts[0].path}: its gate weights are not where hobbit looks for "
                 "them: only -Q exact works"
             )
-        measured[1]("exact", EXACT)
-        point = _pointer(measured)
-        points = search(point, histogram, [*BUDGETS.values()], limit=effort.measurements)
+
+        def measure(rule: Rule) -> Point:
+            name = _name(rule)
+            decided = replace(rule, deterministic=True, per_token=True, patience=0)
+            return exact if rule == EXACT else _point(rule, wide(name, decided), single(name, rule))
+
+        all_low = measure(ALL_LOW)
+        points = search(measure, histogram, [*BUDGETS.values()], limit=effort.measurements)
+        for patience in effort.patience:
+            rule = Rule(0.0, 1.0, patience=patience)
+            patient = single(_name(rule), rule)
+            bound = max(all_low.kl_any, patient.kl)
+            points.append(replace(_point(rule, patient, patient), kl_any=bound))
         copies = llm.layout.low
         assert copies is not None
         return Calibration(
             source=fingerprint(layout.gguf),
             low_type=copies.gguf.tensors[copies.groups[0].matrices[0].name].type_name,
             text=name,
-            tokens=rows[0].n_tokens,
-            exact=points[0],
-            all_low=point(ALL_LOW),
+            tokens=row.n_tokens,
+            exact=exact,
+            all_low=all_low,
             points=tuple(points[1:]),
             quantiles=quantiles(histogram),
         )
 
 
-def _pointer(measured: Sequence[Callable[[str, Rule], Row]]) -> Callable[[Rule], Point]:
-    """Return what measures a rule: its KL by the first comparison, its bytes by the second."""
+def _name(rule: Rule) -> str:
+    if rule == ALL_LOW:
+        return "all low"
+    patience = f", patience {rule.patience}" if rule.patience else ""
+    return f"T1 {rule.t1:.3g}, T2 {rule.t2:.3g}{patience}"
 
-    def point(rule: Rule) -> Point:
-        name = "all low" if rule == ALL_LOW else f"T1 {rule.t1:.3g}, T2 {rule.t2:.3g}"
-        plain = rule if rule.is_exact else replace(rule, deterministic=True, per_token=True)
-        kl = measured[0](name, plain)
-        cost = measured[1](name, rule)
-        return Point(
-            rule=rule,
-            kl=kl.kl,
-            kl_se=kl.kl_se,
-            kl_p99=kl.kl_p99,
-            bytes_per_token=cost.bytes_per_token,
-            high=kl.high,
-            low=kl.low,
-            skipped=kl.skipped,
-        )
 
-    return point
+def _point(rule: Rule, decided: Row, used: Row) -> Point:
+    """Join what was measured where the rule decides alone, and where cached copies are used."""
+    return Point(
+        rule=rule,
+        kl=used.kl,
+        kl_any=decided.kl,
+        kl_se=max(decided.kl_se, used.kl_se),
+        kl_p99=used.kl_p99,
+        bytes_per_token=used.bytes_per_token,
+        high=decided.high,
+        low=decided.low,
+        skipped=decided.skipped,
+    )
 
 
 def _opened(layout: Layout, low: Path | None, threads: int, memory: str | int, batch: int) -> Llama:

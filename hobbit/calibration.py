@@ -19,7 +19,7 @@ from typing import Any
 from .errors import HobbitError, ModelError, UsageError
 from .rule import EXACT, Rule
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".calibration.json"
 # The budgets that the named modes stand for: mean KL to exact, in nats a token.
 BUDGETS = {"high": 0.01, "balanced": 0.03, "fast": 0.08}
@@ -29,10 +29,15 @@ MARGIN = 1.0
 
 @dataclass(frozen=True)
 class Point:
-    """One measured rule. KL in nats; bytes read a token; shares of the (token, expert) pairs."""
+    """One measured rule. KL in nats; bytes read a token; shares of the (token, expert) pairs.
+
+    `kl` and the bytes are with half of the experts cached; `kl_any` is what no cache exceeds; the
+    shares are what pairs need.
+    """
 
     rule: Rule
     kl: float
+    kl_any: float
     kl_se: float
     kl_p99: float
     bytes_per_token: float
@@ -42,8 +47,13 @@ class Point:
 
     @property
     def bound(self) -> float:
-        """The KL that a budget has to allow for."""
+        """The KL that a budget has to allow for, with half of the experts cached or more."""
         return self.kl + MARGIN * self.kl_se
+
+    @property
+    def bound_any(self) -> float:
+        """The KL that a budget has to allow for, whatever is cached."""
+        return self.kl_any + MARGIN * self.kl_se
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Calibration:
 
     def modes(self) -> dict[str, Point | None]:
         """Return the point of each named mode; None where every measured one exceeds it."""
-        return {name: _best(self, budget) for name, budget in BUDGETS.items()}
+        return {name: _best(self, budget, roomy=True) for name, budget in BUDGETS.items()}
 
 
 def path_of(low: Path) -> Path:
@@ -150,17 +160,19 @@ def budget_of(quality: str | float) -> float:
     return budget
 
 
-def rule_for(calibration: Calibration, quality: str | float) -> Rule:
+def rule_for(calibration: Calibration, quality: str | float, *, roomy: bool = True) -> Rule:
     """Return the cheapest rule within a budget; "exact" is the exact rule.
 
+    `roomy`: half of the experts are cached, or more, and cached copies are used as they are;
+    otherwise the rule has to keep the budget whatever is cached.
     Raises UsageError, with the smallest budget that can be met, for less than was measured: exact
     would keep the promise, but not give what was asked for, fewer bytes.
     """
     if quality == "exact":
         return EXACT
-    point = _best(calibration, budget_of(quality))
+    point = _best(calibration, budget_of(quality), roomy)
     if point is None:
-        least = min(point.bound for point in _lossy(calibration))
+        least = min(p.bound if roomy else p.bound_any for p in _lossy(calibration))
         raise UsageError(
             f"a KL of {budget_of(quality):g} is below what this low copy was measured at: "
             f"the smallest budget is {_rounded_up(least):g}, or use exact"
@@ -182,9 +194,13 @@ def _lossy(calibration: Calibration) -> list[Point]:
     return [p for p in (*calibration.points, calibration.all_low) if not p.rule.is_exact]
 
 
-def _best(calibration: Calibration, budget: float) -> Point | None:
-    within = [point for point in _lossy(calibration) if point.bound <= budget]
-    within += _between(calibration, budget)
+def _best(calibration: Calibration, budget: float, roomy: bool) -> Point | None:
+    within = [p for p in _lossy(calibration) if (p.bound if roomy else p.bound_any) <= budget]
+    if not roomy:
+        # Patience is for copies that are cached already: what decides alone has none.
+        within = [p for p in within if p.rule.patience <= 1]
+    else:
+        within += _between(calibration, budget)
     return min(within, key=lambda p: (p.bytes_per_token, p.kl), default=None)
 
 

@@ -838,7 +838,7 @@ def _load(layout: Layout, options: Options, quality: Quality, screen: Screen) ->
     arguments = model_arguments(options, trained) | {"quality": quality}
 
     def introduce(plan: MemoryPlan) -> None:
-        screen.say(mode_line(plan, quality))
+        screen.say(mode_line(plan, quality.at(plan.cached_share)))
         screen.say(*([plan.describe()] if options.verbose else cap_lines(plan)))
 
     def load() -> Llama:

@@ -39,7 +39,7 @@ from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
 from .quality import EXACT_NAME, Quality, choose, low_copies
-from .rule import EXACT, Rule
+from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
 from .sizes import format_size
 from .stats import Stats
@@ -323,7 +323,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
-        if self.rule != EXACT:
+        if self.rule == ALL_LOW and self.plan.low_is_resident:
+            # Everything may be low: then what fits besides can be high, where it is asked for.
+            self.quality = replace(self.quality, rule=Rule(1.0, 1.0))
+        if self.rule != EXACT or self.plan.low_is_resident:
             streamed.set_rule(self.rule)
         if self.plan.low_is_resident:
             streamed.keep_low()
@@ -360,6 +363,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         except PlanError as error:
             divide(error.needed_bytes)  # the page tables of the cap that the error is to name
             raise
+        self.quality = self.quality.at(self.plan.cached_share)
         if self._keeps_low():
             self.plan = self.plan.with_resident_low()
         if self._on_plan is not None:

@@ -226,9 +226,7 @@ class PrepareOptions:
         if self.low_file and made:
             raise UsageError("--low-file is calibrated as it is: --low, --imatrix and -o make one")
         if self.nested and (self.low_file or self.low != "auto"):
-            raise UsageError(
-                "--nested makes low copies of its own: without --low and --low-file"
-            )
+            raise UsageError("--nested makes low copies of its own: without --low and --low-file")
         if not self.calibration and (self.low_file or self.file or self.plot):
             raise UsageError("--no-calibrate leaves nothing to do for --low-file, -f and --plot")
 

@@ -6,6 +6,7 @@ what calibration measured of the two. There is no silent fallback: what is missi
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from .low_file import check_pair, find_low
 from .rule import EXACT, Rule
 
 EXACT_NAME = "exact"
+# What counts as half of the experts: calibration has a little less than half the slots.
+ROOMY = 0.45
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Quality:
 
     `point` is what calibration measured of it; `all_low` what calibration measured with every
     expert low, if that is within the budget asked for: then a low copy may stand in anywhere.
+    A `measured` quality keeps its promise with half of the experts cached, or more; `tight` is what
+    keeps it with less, if anything does.
     """
 
     name: str
@@ -34,6 +39,20 @@ class Quality:
     low: LowCopies | None = None
     point: Point | None = None
     all_low: Point | None = None
+    measured: bool = False
+    tight: Quality | None = None
+
+    def at(self, cached_share: float) -> Quality:
+        """Return what is meant with room for this share of the experts; UsageError if nothing is."""
+        if not self.measured or cached_share >= ROOMY:
+            return self
+        if self.tight is None:
+            raise UsageError(
+                f"-Q {self.name} needs more memory here: there is room for "
+                f"{100 * cached_share:.0f} % of the experts, and below {100 * ROOMY:.0f} % this "
+                "low copy does not keep that promise; or take a larger budget, or --t1 and --t2"
+            )
+        return self.tight
 
     @property
     def label(self) -> str:
@@ -43,7 +62,8 @@ class Quality:
         how = ", deterministic" if self.rule.deterministic else ""
         if self.point is None:
             return f"{self.name}{how}"
-        return f"{self.name} (KL {self.point.kl:.3f} measured{how})"
+        kl = self.point.kl if self.measured else self.point.kl_any
+        return f"{self.name} (KL {kl:.3f} measured{how})"
 
 
 def choose(
@@ -76,10 +96,17 @@ def choose(
         return Quality(f"T1 {rule.t1:g}, T2 {rule.t2:g}", rule, low)
     low = low_copies(layout, low_file)
     known = calibrated(layout, low)
-    rule = replace(calibration.rule_for(known, budget), deterministic=deterministic)
-    name = quality if quality in BUDGETS else f"KL {budget:g}"
-    within = known.all_low.bound <= budget and not deterministic
-    return Quality(str(name), rule, low, _point(known, rule), known.all_low if within else None)
+    name = str(quality) if quality in BUDGETS else f"KL {budget:g}"
+    if deterministic:
+        rule = replace(calibration.rule_for(known, budget, roomy=False), deterministic=True)
+        return Quality(name, rule, low, _point(known, rule))
+    all_low = known.all_low if known.all_low.bound_any <= budget else None
+    tight = None
+    with suppress(UsageError):
+        rule = calibration.rule_for(known, budget, roomy=False)
+        tight = Quality(name, rule, low, _point(known, rule), all_low)
+    rule = calibration.rule_for(known, budget)
+    return Quality(name, rule, low, _point(known, rule), all_low, measured=True, tight=tight)
 
 
 def low_copies(layout: Layout, low_file: Path | None = None) -> LowCopies:

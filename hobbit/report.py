@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .calibration import frontier
 from .plot import Mark
+from .rule import ALL_LOW, Rule
 
 if TYPE_CHECKING:
     from .calibration import Calibration, Point
@@ -54,23 +55,20 @@ def eval_lines(rows: Sequence[Row]) -> list[str]:
 
 def calibration_lines(known: Calibration) -> list[str]:
     """Return a table of what each named mode comes to; `fewer` is of bytes, as measured."""
-    cells: list[Sequence[str]] = [("mode", "KL", "+-", "T1", "T2", "high", "low", "skip", "fewer")]
+    cells: list[Sequence[str]] = [("mode", "KL", "+-", "any cache", "rule", "fewer bytes")]
     named = [(name, known.modes()[name]) for name in known.modes()]
     for name, point in [("exact", known.exact), *named, ("all low", known.all_low)]:
         if point is None:
-            cells.append((name, "cannot be had with this low copy", *[""] * 7))
+            cells.append((name, "cannot be had with this low copy", *[""] * 4))
             continue
-        rule, bytes_ = point.rule, point.bytes_per_token
+        bytes_ = point.bytes_per_token
         cells.append(
             (
                 name,
                 f"{point.kl:.4f}",
                 f"{point.kl_se:.4f}",
-                _threshold(rule.t1),
-                _threshold(rule.t2) + ("*" if rule.renormalise else ""),
-                _percent(point.high),
-                _percent(point.low),
-                _percent(point.skipped),
+                f"{point.kl_any:.4f}",
+                words(point.rule),
                 f"{known.exact.bytes_per_token / bytes_:.2f}x" if bytes_ else "-",
             )
         )
@@ -88,8 +86,17 @@ def _mark(name: str, point: Point) -> Mark:
     return Mark(name, point.bytes_per_token, point.kl, point.kl_se)
 
 
-def _threshold(t: float | tuple[float, ...]) -> str:
-    return "by layer" if isinstance(t, tuple) else f"{t:.3g}"
+def words(rule: Rule) -> str:
+    """Say a rule in a few words."""
+    if rule == ALL_LOW:
+        return "all low"
+    if rule.is_exact:
+        return "all high"
+    t1, t2 = ("by layer" if isinstance(t, tuple) else f"{t:.3g}" for t in (rule.t1, rule.t2))
+    parts = [f"T1 {t1}", f"T2 {t2}"]
+    parts += ["renormalised"] * rule.renormalise
+    parts += [f"patience {rule.patience}"] * (rule.patience > 1)
+    return " ".join(parts)
 
 
 def task_lines(name: str, rows: Sequence[ChoiceRow]) -> list[str]:
