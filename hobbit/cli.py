@@ -696,7 +696,7 @@ def _evaluate(options: EvalOptions) -> int:
     from .layout import build_layout
     from .memory import resolve_cap
     from .modes import check_low, companions, default_modes, modes
-    from .quality import EXACT_NAME, Quality, low_copies
+    from .quality import EXACT_NAME, ROOMY, Quality, low_copies
     from .report import eval_lines, eval_report, task_lines, too_far
     from .rule import EXACT
     from .texts import read
@@ -713,13 +713,18 @@ def _evaluate(options: EvalOptions) -> int:
     low, calibration = companions(gguf, options.low)
     names = options.mode or (() if options.has_thresholds else default_modes(low, calibration))
     thresholds, typed = (options.t1, options.t2), options.model or "demo"
-    arms = modes(names, thresholds, calibration, typed, deterministic=options.deterministic)
+    chosen = partial(
+        modes, names, thresholds, calibration, typed, deterministic=options.deterministic
+    )
+    arms = chosen()
     check_low(arms, low, typed)
     layout = build_layout(gguf)
     screen.say(model_line(layout), *resident_lines(layout))
     copies = low_copies(layout, low) if any(rule.needs_low for _, rule in arms) else None
     quality = Quality(EXACT_NAME, EXACT, copies)
     with closing(_load(layout, loading, quality, screen)) as llm, screen.progress() as report:
+        if llm.plan.cached_share < ROOMY:
+            arms = chosen(roomy=False)
         model, sample = Forced(llm), Sample(options.window, options.tokens)
         tokens, bos = model.tokens(text), model.bos
 

@@ -23,14 +23,20 @@ _SKIP_ONLY, _FEWER, _SUBSTITUTE = "skip-only:", "fewer:", "substitute:"
 
 
 def mode(
-    name: str, calibration: Calibration | None, model: str, *, deterministic: bool = False
+    name: str,
+    calibration: Calibration | None,
+    model: str,
+    *,
+    deterministic: bool = False,
+    roomy: bool = True,
 ) -> tuple[str, Rule]:
     """Return a mode's name and rule.
 
     A quality, named or a budget, is the calibration's matter: without one this is a UsageError, and
-    `model` is what it says to prepare. `deterministic` is for every rule that is not exact.
+    `model` is what it says to prepare. `deterministic` is for every rule that is not exact;
+    `roomy` is as in calibration.rule_for.
     """
-    rule = _rule(name, calibration, model)
+    rule = _rule(name, calibration, model, roomy and not deterministic)
     return name, replace(rule, deterministic=rule.deterministic or deterministic)
 
 
@@ -41,6 +47,7 @@ def modes(
     model: str,
     *,
     deterministic: bool = False,
+    roomy: bool = True,
 ) -> list[tuple[str, Rule]]:
     """Return the modes that are asked for, each once, exact first; T1 and T2 add one of their own.
 
@@ -52,7 +59,13 @@ def modes(
         # Only T2 given: nothing is low, and what is above it is skipped.
         asked.append(f"{min(t1, t2) if thresholds[0] is None else t1:g}:{t2:g}")
     return [
-        mode(name, calibration, model, deterministic=deterministic and name != "exact")
+        mode(
+            name,
+            calibration,
+            model,
+            deterministic=deterministic and name != "exact",
+            roomy=roomy,
+        )
         for name in dict.fromkeys(asked)
     ]
 
@@ -84,7 +97,7 @@ def check_low(asked: Sequence[tuple[str, Rule]], low: Path | None, model: str) -
             )
 
 
-def _rule(name: str, calibration: Calibration | None, model: str) -> Rule:
+def _rule(name: str, calibration: Calibration | None, model: str, roomy: bool) -> Rule:
     if name == "exact":
         return EXACT
     if name == "all-low":
@@ -109,7 +122,7 @@ def _rule(name: str, calibration: Calibration | None, model: str) -> Rule:
         raise UsageError(f"unknown mode {name!r}: use {HELP}")
     if calibration is None:
         raise UsageError(f"{name}: the model is not calibrated; run: hobbit prepare {model}")
-    return rule_for(calibration, name)
+    return rule_for(calibration, name, roomy=roomy)
 
 
 def _threshold(text: str, name: str) -> float:

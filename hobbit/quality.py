@@ -43,7 +43,10 @@ class Quality:
     tight: Quality | None = None
 
     def at(self, cached_share: float) -> Quality:
-        """Return what is meant with room for this share of the experts; UsageError if nothing is."""
+        """Return what is meant with room for this share of the experts.
+
+        Raises UsageError if nothing keeps the promise there.
+        """
         if not self.measured or cached_share >= ROOMY:
             return self
         if self.tight is None:
