@@ -1,9 +1,9 @@
 """Run a model on text to learn what its low copy is worth: importance, and what each rule costs.
 
 Each rule is measured twice. Token by token with half of the experts cached, as a model is used:
-that gives its bytes, and its KL there. And under `deterministic` and `per_token`, where every pair that
-may be low is low: what no cache makes worse, and what --deterministic gives. That needs no single
-steps, so that batches are wide. With patience anything may be low: there all low is the bound.
+that gives its bytes, and its KL there. And under `deterministic` and `per_token`, where every pair
+that may be low is low: what no cache makes worse, and what --deterministic gives. That needs no
+single steps, so that batches are wide. With patience anything may be low: all low is its bound.
 """
 
 from __future__ import annotations

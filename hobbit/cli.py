@@ -306,6 +306,15 @@ def run(
             "--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1
         ),
     ] = None,
+    patience: Annotated[
+        int,
+        _flag(
+            "--patience",
+            min=0,
+            max=65535,
+            help="Read an expert's high copy when it was needed so often; use a low one before.",
+        ),
+    ] = 0,
     deterministic: Annotated[
         bool,
         _flag("--deterministic", help="The same text whatever the cap, the cache and the disk."),

@@ -81,6 +81,7 @@ class Options:
     quality: str = "exact"
     t1: float | None = None
     t2: float | None = None
+    patience: int = 0
     deterministic: bool = False
     low_file: Path | None = None
     resident_low: str = "auto"
@@ -321,6 +322,7 @@ def chosen_quality(options: Options, layout: Layout) -> Quality:
         low,
         t1=options.t1,
         t2=options.t2,
+        patience=options.patience,
         deterministic=options.deterministic,
     )
 

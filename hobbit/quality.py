@@ -76,6 +76,7 @@ def choose(
     *,
     t1: float | None = None,
     t2: float | None = None,
+    patience: int = 0,
     deterministic: bool = False,
 ) -> Quality:
     """Return what is meant for this model.
@@ -84,9 +85,13 @@ def choose(
     prepare` made. Raises UsageError for what makes no sense, ModelError for what is not there.
     """
     model = layout.gguf.parts[0].path
-    by_hand = t1 is not None or t2 is not None
+    by_hand = t1 is not None or t2 is not None or patience > 0
     if by_hand and str(quality) != EXACT_NAME:
-        raise UsageError(f"-Q {quality} and --t1/--t2 are two ways to say the same: give one")
+        raise UsageError(
+            f"-Q {quality} and --t1, --t2, --patience are two ways to say the same: give one"
+        )
+    if patience > 1 and deterministic:
+        raise UsageError("--patience goes by what is cached, and --deterministic does not")
     if not by_hand and quality == EXACT_NAME:
         return Quality(EXACT_NAME, EXACT)
     budget = None if by_hand else calibration.budget_of(quality)
@@ -94,9 +99,10 @@ def choose(
         raise UsageError(f"{model}: has no experts that stream: only -Q exact makes sense")
     if budget is None:
         t2 = 1.0 if t2 is None else t2
-        rule = Rule(t2 if t1 is None else t1, t2, deterministic)
+        rule = Rule(t2 if t1 is None else t1, t2, deterministic, patience=patience)
         low = low_copies(layout, low_file) if rule.needs_low or low_file else None
-        return Quality(f"T1 {rule.t1:g}, T2 {rule.t2:g}", rule, low)
+        waits = f", patience {patience}" if patience > 1 else ""
+        return Quality(f"T1 {rule.t1:g}, T2 {rule.t2:g}{waits}", rule, low)
     low = low_copies(layout, low_file)
     known = calibrated(layout, low)
     name = str(quality) if quality in BUDGETS else f"KL {budget:g}"

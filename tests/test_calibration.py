@@ -27,7 +27,7 @@ RULES = [Rule(t1=t) for t in (0.9, 0.8, 0.7)]
 
 
 def a_point(rule: Rule, kl: float, size: float, high: float = 0.5, se: float = 0.0) -> Point:
-    return Point(rule, kl, se, 5 * kl, size, high, 1 - high, 0.0)
+    return Point(rule, kl, kl, se, 5 * kl, size, high, 1 - high, 0.0)
 
 
 EXACT_POINT = a_point(EXACT, 0, 100, 1.0)
@@ -222,7 +222,7 @@ class Synthetic:
         shares = counts[low].sum() / counts.sum(), counts[skipped].sum() / counts.sum()
         size = 1000 - 500 * (0.5 * shares[0] + shares[1])
         high = 1 - sum(shares) / 2
-        return Point(rule, kl, 0.01 * kl, 5 * kl, size, high, shares[0] / 2, shares[1] / 2)
+        return Point(rule, kl, kl, 0.01 * kl, 5 * kl, size, high, shares[0] / 2, shares[1] / 2)
 
 
 @pytest.mark.parametrize(("skip", "renormalised"), [(2.5, 1.0), (5.0, 0.6), (30.0, 2.0)])

@@ -226,7 +226,7 @@ class TestWhatIsChosen:
         assert words.startswith(f"{tmp_path / 'nested.gguf'}: is not calibrated")
 
 
-EFFORT = Effort(kl_tokens=192, bytes_tokens=192, window=96, measurements=5)
+EFFORT = Effort(wide_tokens=192, single_tokens=192, window=96, measurements=5, patience=(2,))
 TEXT = "it is the end of a day and they were not at home with you by the " * 20
 
 
