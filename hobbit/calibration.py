@@ -19,7 +19,7 @@ from typing import Any
 from .errors import HobbitError, ModelError, UsageError
 from .rule import EXACT, Rule
 
-VERSION = 2
+VERSION = 1
 SUFFIX = ".calibration.json"
 # The budgets that the named modes stand for: mean KL to exact, in nats a token.
 BUDGETS = {"high": 0.01, "balanced": 0.03, "fast": 0.08}

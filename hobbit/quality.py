@@ -87,9 +87,7 @@ def choose(
     model = layout.gguf.parts[0].path
     by_hand = t1 is not None or t2 is not None or patience > 0
     if by_hand and str(quality) != EXACT_NAME:
-        raise UsageError(
-            f"-Q {quality} and --t1, --t2, --patience are two ways to say the same: give one"
-        )
+        raise UsageError(f"-Q {quality} and --t1/--t2 are two ways to say the same: give one")
     if patience > 1 and deterministic:
         raise UsageError("--patience goes by what is cached, and --deterministic does not")
     if not by_hand and quality == EXACT_NAME:
