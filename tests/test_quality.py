@@ -244,7 +244,7 @@ def model(bench: Bench) -> Path:
         layout = layout_of(path)
         copy = make_low(layout, low_path(layout.gguf), "q4_0").path
         found = calibrate(layout, copy, TEXT, "words", threads=1, memory="1G", effort=EFFORT)
-        assert len(found.points) < EFFORT.measurements
+        assert len(found.points) < EFFORT.measurements + len(EFFORT.patience)
         save(found, path_of(copy))
         return path
 
@@ -258,12 +258,13 @@ class TestLlama:
         exact, low = choose(layout_of(model)), choose(layout_of(model), 5.0)
         assert low.all_low is not None and low.rule != exact.rule
         with opened(model, "floor", MIXED, quality=5.0) as llm:
-            assert llm.quality == low
+            assert llm.quality == low.tight  # less than half of the experts fit
             run(llm, MIXED)
             assert llm.stats.pairs_low + llm.stats.pairs_skip > 0
             assert llm.stats.unscored == 0 < llm.stats.scored
         with opened(model, "floor", MIXED, quality="5", deterministic=True) as llm:
-            assert llm.rule == replace(low.rule, deterministic=True)
+            assert low.tight is not None
+            assert llm.rule == replace(low.tight.rule, deterministic=True)
 
     def test_low_copies_are_resident_where_all_low_keeps_the_promise(self, model: Path) -> None:
         layout = layout_of(model)
