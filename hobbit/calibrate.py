@@ -22,7 +22,7 @@ from .importance import Importance
 from .layout import Layout
 from .llama import Llama
 from .rule import ALL_LOW, EXACT, Rule
-from .search import MAX_MEASUREMENTS, quantiles, search
+from .search import quantiles, search
 
 WIDTH = 32
 # An importance matrix is summed over so much text, in batches that read each expert once.
@@ -38,8 +38,8 @@ class Effort:
     wide_tokens: int = 1024
     single_tokens: int = 512
     window: int = 256
-    measurements: int = MAX_MEASUREMENTS
-    patience: tuple[int, ...] = (2, 3, 5, 9)
+    measurements: int = 8
+    patience: tuple[int, ...] = (2, 4, 9)
 
 
 def gather_importance(
