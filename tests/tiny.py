@@ -636,7 +636,8 @@ def split(path: Path, n: int) -> Path:
         str(path.with_name(f"{stem}.gguf")), arch, split_max_tensors=-(-len(reader.tensors) // n)
     )
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
+        # GGUFWriter would give the first part alone the alignment.
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.alignment"):
             continue
         kind, *sub = field.types
         writer.add_key_value(name, field.contents(), kind, sub_type=sub[0] if sub else None)
