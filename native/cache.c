@@ -283,7 +283,8 @@ bool hb_cache_is_valid(const struct hb_cache *c) {
                 }
                 const struct group *g = &c->groups[slot->key.group];
                 if (g->pool != i || slot->key.precision != p || g->slot_of[p][slot->key.expert] != s ||
-                    slot->usage.last_use > c->uses || slot->pins < 0 || (slot->state == HB_SLOT_LOADING && slot->pins == 0)) {
+                    slot->usage.last_use > c->uses || slot->pins < 0 ||
+                    (slot->state == HB_SLOT_LOADING && slot->pins == 0)) {
                     return false;
                 }
                 used += bank->slot_bytes;

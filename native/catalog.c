@@ -92,7 +92,8 @@ static bool completes(const struct hb_copy *high, const struct hb_copy *low) {
     for (int32_t i = 0; high->nested && i < high->n_matrices; i++) {
         const struct hb_matrix *m = high->matrices[i];
         uint64_t blocks = m->expert_bytes / HB_Q8_0_BLOCK;
-        if (low->n_matrices == 0 || m->expert_bytes != blocks * HB_Q8_0_BLOCK || m->file_bytes != blocks * HB_LOW_BLOCK ||
+        if (low->n_matrices == 0 || m->expert_bytes != blocks * HB_Q8_0_BLOCK ||
+            m->file_bytes != blocks * HB_LOW_BLOCK ||
             low->matrices[i]->expert_bytes != blocks * HB_HIGH_BLOCK) {
             return false;
         }

@@ -114,7 +114,7 @@ struct hobbit_rule {
     const float *t1, *t2;  /* one a group, t1 <= t2; copied. NULL: no scoring, everything is high */
     int32_t deterministic; /* the need decides alone; else a better copy that is cached is used */
     int32_t renormalise;   /* after a skip, the token's other gate weights grow to the old sum */
-    int32_t patience;      /* the high copy of an expert is read when it was needed so often; before, a low one is used */
+    int32_t patience;      /* an expert's high copy is read when it was needed so often; before, a low one is used */
     int32_t experts;       /* a token's others are skipped; 0: all are used */
     float substitute;      /* lambda of cache-aware routing, for comparisons; 0: off. See native/substitute.h */
     int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */
@@ -161,7 +161,7 @@ uint64_t hobbit_model_slot_bytes(const struct hobbit_model *model, int32_t group
 /* Reserve the arena. `pool_of_group` has one entry a group. */
 int32_t hobbit_model_allocate(struct hobbit_model *model, const struct hobbit_pool *pools, int32_t n_pools,
                               const int32_t *pool_of_group, char *err, size_t err_len);
-/* In force from the next layer on. HOBBIT_ARG: a threshold makes no sense, or asks for low copies that there are not. */
+/* In force from the next layer on. HOBBIT_ARG: a number makes no sense, or low copies are asked for and not there. */
 int32_t hobbit_model_set_rule(struct hobbit_model *model, const struct hobbit_rule *rule, char *err, size_t err_len);
 /* Write to a file which precision each expert gets from now on, or take it from such a file in place of the rule: a
  * replay then computes what the recorded run did. `note` is the caller's, at the head of the file. One at a time. */

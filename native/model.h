@@ -82,7 +82,7 @@ int32_t hb_model_choose(struct hobbit_model *model, int32_t group, int32_t exper
 bool hb_model_schedule(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
                        int32_t *precisions);
 bool hb_model_has_schedule(const struct hobbit_model *model);
-bool hb_model_is_cached(const struct hobbit_model *model, int32_t group, int32_t expert); /* its high copy */
+bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is cached */
 /* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
 /* Take in what was read in the background. */

@@ -1,5 +1,5 @@
-// Rows of one quantisation type to another, by ggml's own routines, with a measure of what is lost. No state: any number
-// of threads may be in here.
+// Rows of one quantisation type to another, by ggml's own routines, with a measure of what is lost. No state: any
+// number of threads may be in here.
 #include <math.h>
 #include <stdlib.h>
 

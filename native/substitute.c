@@ -113,7 +113,7 @@ bool hb_substitute(struct hb_block *memory, const struct hb_segment *s) {
         float bonus = lambda * hb_model_mean_range(s->model, s->group, route(&router, token, z, p));
         chosen[0] = best(z, (int64_t) n_expert);
         for (size_t e = 0; e < n_expert; e++) {
-            z[e] += hb_model_is_cached(s->model, s->group, (int32_t) e) ? bonus : 0;
+            z[e] += hb_model_has(s->model, (struct hb_key) {s->group, (int32_t) e, HOBBIT_HIGH}) ? bonus : 0;
         }
         z[chosen[0]] = -INFINITY;
         for (int64_t n = 1; n < s->ids->ne[0]; n++) {

@@ -1,5 +1,5 @@
-/* Cache-aware routing (Skliar et al., "Cache-Conditional Experts", arXiv 2412.00099), the rule that others have: here so
- * that hobbit's own is compared with it in one engine.
+/* Cache-aware routing (Skliar et al., "Cache-Conditional Experts", arXiv 2412.00099), the rule that others have: here
+ * so that hobbit's own is compared with it in one engine.
  *
  *   z'_e = z_e + lambda * D * m_e
  *
@@ -13,8 +13,8 @@
 #include "block.h"
 #include "segment.h"
 
-/* Change the segment's ids and gate weights, where they are, by the model's lambda; nothing where that is 0. For routers
- * that are a softmax over all experts of a linear layer. On failure false, and the model keeps the error. */
+/* Change the segment's ids and gate weights, where they are, by the model's lambda; nothing where that is 0. For
+ * routers that are a softmax over all experts of a linear layer. On failure false, and the model keeps the error. */
 bool hb_substitute(struct hb_block *memory, const struct hb_segment *segment);
 
 #endif

@@ -2,6 +2,8 @@
  * copies of two precisions stand in for one another. */
 #include "model.h"
 
+#include <time.h>
+
 #include <errno.h>
 #include <math.h>
 #include <sys/mman.h>
@@ -667,6 +669,7 @@ static void rules_replace_one_another(void) {
     rule.renormalise = 0;
     CHECK_EQUAL(hobbit_model_set_rule(m, &rule, err, sizeof err), HOBBIT_OK);
     CHECK(!hb_model_rule(m)->renormalise && hb_model_rule(m)->deterministic && hb_model_rule(m)->per_token);
+    nanosleep(&(struct timespec) {.tv_nsec = 50000000}, NULL); /* the readers have allocated what they need */
     for (int n = 1; n <= 2; n++) {
         atomic_store(&faults_allocation, n);
         CHECK_EQUAL(set_rule(m, 0, 1, false), HOBBIT_NOMEM);

@@ -1,0 +1,276 @@
+/* Copies on their way into the cache: reads, arrivals, and nested planes that are merged. */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "model_impl.h"
+#include "nested.h"
+
+static struct hb_bank *bank_of(const struct hobbit_model *m, struct hb_key key) {
+    return &m->pools[m->pool_of_group[key.group]].banks[key.precision];
+}
+
+static void set_piece(const struct hobbit_model *m, struct hb_piece *piece, const struct hb_matrix *matrix,
+                      int32_t expert, char *slot) {
+    *piece = (struct hb_piece) {
+        .file = &m->catalog.files[matrix->file],
+        .file_index = matrix->file,
+        .bounce = matrix->bounce,
+        .offset = matrix->offset + (uint64_t) expert * matrix->file_bytes,
+        .length = matrix->file_bytes,
+        .dst = slot + matrix->load_offset,
+    };
+}
+
+static char *slot_data(const struct hobbit_model *m, struct hb_key key, int32_t slot) {
+    struct hb_arena arena = bank_of(m, key)->arena;
+    return arena.base + (uint64_t) slot * arena.slot_bytes;
+}
+
+static void add_pieces(const struct hobbit_model *m, struct hb_job *job, struct hb_key key, char *data) {
+    const struct hb_copy *copy = &m->catalog.groups[key.group].copies[key.precision];
+    for (int32_t i = 0; i < copy->n_matrices; i++) {
+        set_piece(m, &job->pieces[job->n_pieces++], copy->matrices[i], key.expert, data);
+    }
+}
+
+/* On a reader's thread: the planes of a nested high copy become its matrices. */
+static void merge_planes(struct hb_job *job) {
+    const struct hb_load *load = job->owner;
+    const struct hb_copy *copies = load->nested->copies;
+    for (int32_t i = 0; i < copies[HOBBIT_HIGH].n_matrices; i++) {
+        const struct hb_matrix *high = copies[HOBBIT_HIGH].matrices[i], *low = copies[HOBBIT_LOW].matrices[i];
+        hb_nested_merge(load->low_data + low->slot_offset, load->data + high->load_offset,
+                        load->data + high->slot_offset, high->expert_bytes / HB_Q8_0_BLOCK);
+    }
+}
+
+/* Pin the low copy that a nested high one is made from, or claim a slot to read it into. False: not now. */
+static bool claim_low(struct hobbit_model *m, struct hb_key key, bool *with_low) {
+    struct hb_key low = hb_key_in(key, HOBBIT_LOW);
+    int32_t slot = hb_cache_peek(m->cache, low);
+    *with_low = slot < 0;
+    if (slot >= 0) {
+        hb_cache_pin(m->cache, low, true);
+        return true;
+    }
+    return hb_cache_slot(m->cache, low) < 0 && hb_cache_claim(m->cache, low) >= 0;
+}
+
+static void give_up_low(struct hobbit_model *m, struct hb_key key, bool with_low) {
+    if (with_low) {
+        hb_cache_drop(m->cache, hb_key_in(key, HOBBIT_LOW));
+    } else {
+        hb_cache_pin(m->cache, hb_key_in(key, HOBBIT_LOW), false);
+    }
+}
+
+/* False when too much is pinned or under way. The copy has no slot yet. */
+bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool background) {
+    const struct hb_group *group = &m->catalog.groups[key.group];
+    bool nested = group->copies[key.precision].nested, with_low = false;
+    if (nested && !claim_low(m, key, &with_low)) {
+        return false;
+    }
+    int32_t slot = hb_cache_claim(m->cache, key);
+    atomic_store(&m->counters.evictions, hb_cache_evictions(m->cache));
+    if (slot < 0) {
+        if (nested) {
+            give_up_low(m, key, with_low);
+        }
+        return false;
+    }
+    struct hb_load *load = &bank_of(m, key)->loads[slot];
+    *load = (struct hb_load) {.key = key, .slot = slot, .background = background, .nested = nested ? group : NULL,
+                           .with_low = with_low, .data = slot_data(m, key, slot)};
+    load->job.owner = load;
+    add_pieces(m, &load->job, key, load->data);
+    if (nested) {
+        load->low_data = slot_data(m, hb_key_in(key, HOBBIT_LOW), hb_cache_slot(m->cache, hb_key_in(key, HOBBIT_LOW)));
+        load->job.finish = merge_planes;
+        if (with_low) {
+            add_pieces(m, &load->job, hb_key_in(key, HOBBIT_LOW), load->low_data);
+        }
+    }
+    hb_reader_submit(m->reader, &load->job);
+    return true;
+}
+
+int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key) {
+    int32_t slot = hb_cache_find(m->cache, key);
+    if (slot >= 0) {
+        hb_cache_pin(m->cache, key, true);
+        atomic_fetch_add(&m->counters.hits, 1);
+    } else {
+        atomic_fetch_add(&m->counters.misses, 1);
+        if (key.precision == HOBBIT_HIGH && hb_model_has(m, (struct hb_key) {key.group, key.expert, HOBBIT_LOW})) {
+            atomic_fetch_add(&m->counters.promotions, 1);
+        }
+    }
+    return slot;
+}
+
+enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t *slot) {
+    int32_t ready = hb_cache_peek(m->cache, key);
+    if (ready >= 0) {
+        hb_cache_pin(m->cache, key, true);
+        *slot = ready;
+        return HB_FETCH_READY;
+    }
+    int32_t claimed = hb_cache_slot(m->cache, key);
+    if (claimed < 0) {
+        return hb_model_start_read(m, key, false) ? HB_FETCH_STARTED : HB_FETCH_WAIT;
+    }
+    struct hb_load *load = &bank_of(m, key)->loads[claimed];
+    if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
+        load->background = false; /* wait for it after all */
+        m->in_background--;
+        return HB_FETCH_STARTED;
+    }
+    return HB_FETCH_WAIT; /* a low copy that is being read with its high one */
+}
+
+static void count_arrival(struct hobbit_model *m, struct hb_key key) {
+    if (key.precision == HOBBIT_LOW) {
+        uint64_t bytes = m->catalog.groups[key.group].copies[HOBBIT_LOW].expert_bytes;
+        atomic_fetch_add(&m->counters.read_low_bytes, bytes);
+        return;
+    }
+    if (!m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, hb_key_in(key, HOBBIT_LOW)) >= 0) {
+        hb_cache_drop(m->cache, hb_key_in(key, HOBBIT_LOW)); /* promoted: see hb_model_choose */
+    }
+}
+
+/* The low copy that a nested high one was made from is a copy like others now. */
+static void release_low(struct hobbit_model *m, const struct hb_load *load) {
+    if (load->job.error != 0) {
+        give_up_low(m, load->key, load->with_low);
+        return;
+    }
+    if (load->with_low) {
+        hb_cache_loaded(m->cache, hb_key_in(load->key, HOBBIT_LOW));
+    }
+    hb_cache_pin(m->cache, hb_key_in(load->key, HOBBIT_LOW), false);
+}
+
+/* False when the read failed. */
+static bool take_in(struct hobbit_model *m, const struct hb_load *load) {
+    const struct hb_job *job = &load->job;
+    if (load->nested != NULL) {
+        release_low(m, load);
+    }
+    if (job->error == 0) {
+        hb_cache_loaded(m->cache, load->key);
+        count_arrival(m, load->key);
+    } else {
+        /* Nobody waits for a background read: if it matters, the same read fails in the foreground. */
+        if (job->error != ECANCELED && !load->background) {
+            hb_model_read_failed(m, job->error, job->error_file, job->error_offset);
+        }
+        hb_cache_drop(m->cache, load->key);
+    }
+    if (load->background) {
+        m->in_background--;
+        if (job->error == 0) {
+            hb_cache_pin(m->cache, load->key, false);
+        }
+    }
+    atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
+    return job->error == 0;
+}
+
+void hb_model_settle(struct hobbit_model *m) {
+    while (m->in_background > 0) {
+        struct hb_job *job = hb_reader_next(m->reader, false);
+        if (job == NULL) {
+            break;
+        }
+        (void) take_in(m, job->owner);
+    }
+}
+
+struct hb_arrival hb_model_arrival(struct hobbit_model *m, bool wait) {
+    for (;;) {
+        struct hb_job *job = hb_reader_next(m->reader, false);
+        if (job == NULL && wait) {
+            uint64_t start = hb_now_ns();
+            job = hb_reader_next(m->reader, true);
+            atomic_fetch_add(&m->counters.stall_ns, hb_now_ns() - start);
+        }
+        if (job == NULL) {
+            return (struct hb_arrival) {.key = {.expert = -1}};
+        }
+        const struct hb_load *load = job->owner;
+        bool background = load->background, good = take_in(m, load);
+        if (!background) {
+            return (struct hb_arrival) {load->key, load->slot, !good};
+        }
+    }
+}
+
+void hb_model_release(struct hobbit_model *m, struct hb_key key) {
+    hb_cache_pin(m->cache, key, false);
+}
+
+void hb_model_withdraw(struct hobbit_model *m) {
+    hb_reader_withdraw(m->reader);
+}
+
+/* Reads low copies of a group from expert `next` on, a few at a time; the caller holds the lock. */
+static bool keep_group(struct hobbit_model *m, int32_t group) {
+    int32_t n_expert = m->catalog.groups[group].n_expert, next = 0, under_way = 0;
+    bool good = true;
+    while ((good && next < n_expert) || under_way > 0) {
+        struct hb_key key = {group, next, HOBBIT_LOW};
+        if (good && next < n_expert && under_way < 2 * HB_DEFAULT_IO_THREADS) {
+            if (hb_model_has(m, (struct hb_key) {group, next, HOBBIT_LOW})) {
+                hb_cache_keep(m->cache, key);
+            } else if (hb_model_start_read(m, key, false)) {
+                under_way++;
+            } else {
+                hb_model_fail(m, "the low-precision experts do not fit the cache");
+                good = false;
+            }
+            next++;
+            continue;
+        }
+        struct hb_arrival a = hb_model_arrival(m, true);
+        under_way--;
+        if (a.failed) {
+            good = false;
+        } else {
+            hb_model_release(m, a.key);
+            hb_cache_keep(m->cache, a.key);
+        }
+    }
+    return good;
+}
+
+int32_t hobbit_model_keep_low(struct hobbit_model *m, char *err, size_t err_len) {
+    hb_model_lock(m);
+    bool good = m->cache != NULL;
+    for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
+        good = m->catalog.groups[g].copies[HOBBIT_LOW].n_matrices > 0;
+    }
+    if (!good) {
+        hb_model_unlock(m);
+        snprintf(err, err_len, "the model was loaded without low-precision experts");
+        return HOBBIT_ARG;
+    }
+    if (good && m->asked_at == NULL) {
+        m->asked_at = calloc((size_t) m->catalog.n_experts, sizeof *m->asked_at);
+        if (m->asked_at == NULL) {
+            hb_model_fail(m, "out of memory");
+            good = false;
+        }
+    }
+    for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
+        good = keep_group(m, g);
+    }
+    m->low_kept = good;
+    hb_model_unlock(m);
+    if (!good) {
+        hobbit_model_take_error(m, err, err_len);
+        return HOBBIT_IO;
+    }
+    return HOBBIT_OK;
+}

@@ -1,0 +1,79 @@
+/* What a model is made of: for the files that implement model.h, and no others. */
+#ifndef HB_MODEL_IMPL_H
+#define HB_MODEL_IMPL_H
+
+#include <pthread.h>
+
+#include "model.h"
+#include "schedule.h"
+
+#define HB_DEFAULT_IO_THREADS 4
+#define HB_ERROR_BYTES 512
+
+/* The reading of one copy into one slot. */
+struct hb_load {
+    struct hb_job job;
+    struct hb_key key;
+    int32_t slot;
+    bool background; /* nobody waits for it */
+    /* Of a nested high copy: the low one that it is made from, pinned; `with_low` when it is read by the same job. */
+    const struct hb_group *nested;
+    bool with_low;
+    char *data, *low_data;
+};
+
+struct hb_bank {
+    struct hb_arena arena;
+    struct hb_load *loads; /* one a slot, so that nothing is allocated while decoding */
+};
+
+struct hb_pool {
+    void *space;
+    size_t space_bytes;
+    struct hb_bank banks[HOBBIT_PRECISIONS];
+};
+
+struct hobbit_model {
+    struct hb_catalog catalog;
+    struct hobbit_extent *extents; /* `data` of memory extents is ours */
+    int32_t n_extents;
+    struct hb_reader *reader;
+    struct hb_cache *cache; /* NULL until the arena is allocated */
+    struct hb_pool *pools;
+    int32_t *pool_of_group;
+    int32_t n_pools;
+    uint64_t cache_bytes;
+    struct hb_rule rule;
+    struct range {
+        double sum;
+        uint64_t n;
+    } *ranges; /* one a group: of the router's logits */
+    uint16_t *in_vain; /* one an expert: how often its high copy was needed since it was read last */
+    struct hb_gathered gathered;
+    struct hb_schedule *schedule; /* recorded or replayed, or NULL */
+    bool low_kept;
+    uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
+    uint64_t asks;
+    int32_t in_background;
+    pthread_mutex_t lock;       /* see model.h */
+    pthread_mutex_t error_lock; /* guards `error` */
+    char error[HB_ERROR_BYTES];
+    struct hb_counters counters;
+    const int32_t *cancelled; /* the caller's, or NULL */
+};
+
+/* Start reading a copy that has no slot yet; false when too much is pinned or under way. */
+bool hb_model_start_read(struct hobbit_model *model, struct hb_key key, bool background);
+/* Keep a sentence about a failed read; `error` as in struct hb_job. */
+void hb_model_read_failed(struct hobbit_model *model, int error, int32_t file, uint64_t offset);
+
+/* Of all experts, in the order of the groups. */
+static inline int32_t hb_model_number(const struct hobbit_model *model, struct hb_key key) {
+    return model->catalog.groups[key.group].first_expert + key.expert;
+}
+
+static inline struct hb_key hb_key_in(struct hb_key key, int32_t precision) {
+    return (struct hb_key) {key.group, key.expert, precision};
+}
+
+#endif
