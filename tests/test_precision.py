@@ -18,7 +18,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tiny
-from gates import Bench, assert_same, layout_of, opened, run, skip_without_direct
+from gates import (
+    Bench,
+    assert_same,
+    layout_of,
+    opened,
+    rss_bytes,
+    run,
+    skip_without_direct,
+)
 from mixed import (
     HIGH,
     LOW,
@@ -37,6 +45,7 @@ from mixed import (
 
 import hobbit
 from hobbit.errors import HobbitError, PlanError, UsageError
+from hobbit.llama import ResidentLow
 from hobbit.rule import ALL_LOW, EXACT, Rule
 from hobbit.stats import Stats
 from hobbit.stock import Job
@@ -507,6 +516,30 @@ class TestResidentLow:
             run(llm, job)
         with hobbit.Llama(str(path), memory=memory, resident_low="auto", **common) as llm:
             assert not llm.plan.low_is_resident
+
+
+@pytest.mark.parametrize(
+    ("rule", "resident"),
+    [
+        (Rule(0.35, 0.75), "off"),
+        (Rule(0.35, 0.75, deterministic=True), "off"),
+        (Rule(1.0, 1.0, patience=3), "off"),
+        (Rule(0.7, 1.0), "on"),
+    ],
+)
+def test_the_cap_holds(rule: Rule, resident: ResidentLow, bench: Bench) -> None:
+    """Of 150 MB of experts, and 43 MB of low ones, 60 MB are cached, in any mixture."""
+    path = bench.arch("qwen3moe", expert_type="F16", n_expert=64, n_used=4, n_embd=256, n_ff=512)
+    paths, size = (path, low_of(bench, path, "q4_0")), 60 << 20
+    assert layout_of(path).expert_bytes > 2 * size
+    with opened(path, "floor", MIXED) as llm:  # what is imported and allocated the first time
+        run(llm, MIXED)
+    before = rss_bytes()
+    with mixed(paths, size, rule=rule, resident_low=resident) as llm:
+        for seed in range(3):
+            run(llm, replace(MIXED, seed=seed))
+        assert llm.stats.evictions > 0
+        assert size // 2 < rss_bytes() - before < size + (24 << 20)
 
 
 class TestRefusals:
