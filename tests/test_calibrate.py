@@ -79,7 +79,7 @@ def test_calibration(llm: hobbit.Llama, paths: tuple[Path, Path]) -> None:
         "words",
         threads=1,
         memory="1G",
-        effort=Effort(kl_tokens=288, bytes_tokens=192, window=96),
+        effort=Effort(wide_tokens=288, single_tokens=192, window=96, patience=(2, 4)),
         on_progress=lambda stage, done: stages.append(stage),
     )
     source = fingerprint(open_gguf(high))

@@ -27,7 +27,6 @@ from hobbit.layout import Layout
 from hobbit.low_writer import part_path
 from hobbit.prepare import errors_of, make_low, prepare
 
-
 # By default a copy of up to 5 bits has an importance gathered, for which a model has to speak.
 UNGATHERED = ("auto", "uniform")
 
