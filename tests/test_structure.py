@@ -44,10 +44,6 @@ IMPORTS: dict[str, set[str]] = {
         "low_types", "low_writer",
     },
     # What a quality means.
-    "calibrate": {
-        "calibration", "errors", "evaluate", "fingerprint", "forced", "importance", "layout",
-        "llama", "rule", "search",
-    },
     "calibration": {"errors", "rule"},
     "quality": {
         "calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule",
