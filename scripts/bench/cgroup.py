@@ -1,6 +1,7 @@
 """Run a command under a hard memory cap that covers its page cache too, as on a small machine.
 
-Needs root and Linux's memory cgroup controller, version 1 or 2.
+And, where asked, with so many bytes a second from the disk that holds a file. Needs root and
+Linux's memory cgroup controller, version 1 or 2; the disk's cap needs blkio (1) or io (2).
 """
 
 from __future__ import annotations
@@ -20,23 +21,41 @@ class CapUnavailable(Exception):
 
 
 class MemoryGroup:
-    """A cgroup with a memory limit and no swap, removed on exit."""
+    """A cgroup with a memory limit and no swap, removed on exit.
 
-    def __init__(self, limit_bytes: int) -> None:
+    With `read_bps` reads from the disk that holds `file` are held to so many bytes a second.
+    """
+
+    def __init__(self, limit_bytes: int, read_bps: int = 0, file: Path | None = None) -> None:
+        if read_bps and file is None:
+            raise ValueError("a read limit is of the disk that holds a file")
         self.limit_bytes = limit_bytes
+        self.read_bps = read_bps
+        self.file = file
         self.v1 = (ROOT / "memory").is_dir()
-        self.path = (ROOT / "memory" if self.v1 else ROOT) / f"hobbit-bench-{os.getpid()}"
+        name = f"hobbit-bench-{os.getpid()}"
+        self.path = (ROOT / "memory" if self.v1 else ROOT) / name
+        # Version 1 has a tree for each controller.
+        self.paths = [self.path]
+        if self.v1 and read_bps:
+            self.paths.append(ROOT / "blkio" / name)
 
     def __enter__(self) -> MemoryGroup:
         if os.geteuid() != 0:
             raise CapUnavailable("a memory cap needs root")
         try:
             if not self.v1:
-                (ROOT / "cgroup.subtree_control").write_text("+memory")
-            self.path.mkdir(exist_ok=True)
+                wanted = "+memory +io" if self.read_bps else "+memory"
+                (ROOT / "cgroup.subtree_control").write_text(wanted)
+            for path in self.paths:
+                path.mkdir(exist_ok=True)
             self._limit()
+            if self.read_bps and self.file is not None:
+                self._limit_reads(disk_of(self.file))
         except OSError as exc:
-            raise CapUnavailable(f"no memory cgroup can be made under {ROOT}: {exc}") from exc
+            self._remove()
+            what = "memory and disk" if self.read_bps else "memory"
+            raise CapUnavailable(f"no {what} cgroup can be made under {ROOT}: {exc}") from exc
         return self
 
     def _limit(self) -> None:
@@ -51,11 +70,17 @@ class MemoryGroup:
         if (self.path / swap[0]).exists():
             (self.path / swap[0]).write_text(swap[1])
 
-    def run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        procs = self.path / "cgroup.procs"
+    def _limit_reads(self, disk: str) -> None:
+        if self.v1:
+            limit = self.paths[-1] / "blkio.throttle.read_bps_device"
+            limit.write_text(f"{disk} {self.read_bps}")
+        else:
+            (self.path / "io.max").write_text(f"{disk} rbps={self.read_bps}")
 
+    def run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         def join() -> None:
-            procs.write_text(str(os.getpid()))
+            for path in self.paths:
+                (path / "cgroup.procs").write_text(str(os.getpid()))
 
         return subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=join
@@ -76,9 +101,27 @@ class MemoryGroup:
         if self.v1:
             # Its page cache would otherwise move to the parent group and stay.
             (self.path / "memory.force_empty").write_text("0")
-        for _ in range(10):
-            try:
-                self.path.rmdir()
-                return
-            except OSError:
-                time.sleep(0.2)
+        self._remove()
+
+    def _remove(self) -> None:
+        for path in self.paths:
+            for _ in range(10):
+                try:
+                    path.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    time.sleep(0.2)
+
+
+def disk_of(file: Path) -> str:
+    """Return the whole disk that holds a file as major:minor; limits are not for partitions."""
+    device = file.stat().st_dev
+    link = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    if not link.exists():
+        raise FileNotFoundError(f"no block device behind {file}")
+    place = link.resolve()
+    if (place / "partition").exists():
+        place = place.parent
+    return (place / "dev").read_text().strip()
