@@ -109,6 +109,15 @@ class TestWhatMakesNoSense:
             f"-Q {quality} and --t1/--t2 are two ways to say the same: give one"
         )
 
+    def test_patience(self, layout: Layout, known: Path) -> None:
+        words = refusal(UsageError, layout, "fast", patience=3)
+        assert words == "-Q fast and --t1/--t2 are two ways to say the same: give one"
+        words = refusal(UsageError, layout, patience=3, deterministic=True)
+        assert words == "--patience goes by what is cached, and --deterministic does not"
+        found = choose(layout, t1=0.5, patience=3)
+        assert (found.rule, found.name) == (Rule(0.5, 1.0, patience=3), "T1 0.5, T2 1, patience 3")
+        assert choose(layout, patience=3).rule == Rule(1.0, 1.0, patience=3)
+
     def test_t1_above_t2(self, layout: Layout, known: Path) -> None:
         words = refusal(UsageError, layout, t1=0.9, t2=0.6)
         assert words == "T1 is 0.9 and T2 is 0.6: T1 must not be above T2"
