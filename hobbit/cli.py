@@ -729,7 +729,9 @@ def _evaluate(options: EvalOptions) -> int:
     check_low(arms, low, typed)
     layout = build_layout(gguf)
     screen.say(model_line(layout), *resident_lines(layout))
-    copies = low_copies(layout, low) if any(rule.needs_low for _, rule in arms) else None
+    copies = layout.low
+    if copies is None and any(rule.needs_low for _, rule in arms):
+        copies = low_copies(layout, low)
     quality = Quality(EXACT_NAME, EXACT, copies)
     with closing(_load(layout, loading, quality, screen)) as llm, screen.progress() as report:
         if llm.plan.cached_share < ROOMY:

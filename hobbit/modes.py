@@ -11,6 +11,7 @@ from .calibration import BUDGETS, Calibration, load, path_of, rule_for
 from .errors import UsageError
 from .fingerprint import fingerprint
 from .gguf_file import GGUF
+from .layout import is_nested
 from .low_file import find_low
 from .rule import ALL_LOW, EXACT, Rule
 
@@ -80,9 +81,10 @@ def default_modes(low: Path | None, calibration: Calibration | None) -> list[str
 def companions(gguf: GGUF, given: Path | None) -> tuple[Path | None, Calibration | None]:
     """Return a model's low copy, as given or as prepare made it, and the calibration beside it.
 
+    That of a nested model is the model itself.
     Either may be missing. Raises ModelError for a calibration that is damaged or of another model.
     """
-    low = given or find_low(gguf)
+    low = given or (gguf.parts[0].path if is_nested(gguf) else find_low(gguf))
     if low is None or not path_of(low).exists():
         return low, None
     return low, load(path_of(low), fingerprint(gguf))

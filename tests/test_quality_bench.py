@@ -274,7 +274,8 @@ def test_kl_is_interpolated_in_its_logarithm() -> None:
 def frontier_report() -> dict[str, Any]:
     def row(family: str, mode: str, fewer: float, kl: float) -> dict[str, Any]:
         known = dict.fromkeys(Row.__dataclass_fields__, 0.0)
-        found = {"mode": mode, "rule": asdict(EXACT), "kl": kl, "n_tokens": 100}
+        words = "all low" if mode in ("all-low", "fast") else "T1 0.5 T2 1"
+        found = {"mode": mode, "rule": asdict(EXACT), "words": words, "kl": kl, "n_tokens": 100}
         return known | found | {"family": family, "bytes_per_token": 1e8 / fewer}
 
     return {
@@ -296,6 +297,7 @@ def frontier_report() -> dict[str, Any]:
             row("substitution", "substitute:0.1", 1.25, 0.03),
             row("all low", "all-low", 2.0, 0.08),
             row("modes", "high", 1.2, 0.011),
+            row("modes", "fast", 2.0, 0.04),
             row("share test", quality_frontier.SMALLER, 1.5, 0.015),
             row("share test", quality_frontier.EVEN, 1.5, 0.03),
             row("share test", quality_frontier.ODD, 1.5, 0.05),
@@ -305,13 +307,16 @@ def frontier_report() -> dict[str, Any]:
 
 def test_the_frontier_tables_say_what_was_missed() -> None:
     rows = cells(list(quality_frontier.table(frontier_report())))
-    assert rows["high"][1:] == ["0.0110", "0.01 or less: MISSED", "1.20x", "1.15 or more: met"]
+    assert rows["high"][2:] == ["0.0110", "0.01 or less: MISSED", "1.20x", "1.15 or more: met"]
+    assert rows["fast"][1] == "all low"  # and so not what all-low is compared with
     assert rows["ours, the best of all"][1:3] == ["0.0200", "0.0500"]
     assert rows["skip only"][1:] == ["0.0600 (3.00)", "0.2000 (4.00)", "2 or more: met"]
     assert rows["substitution"][1:] == ["0.0300 (1.50)", "not measured", "2 or more: MISSED"]
     assert rows["all-low"][1:] == ["2.00x", "0.0800", "0.0500", "1.60"]
     assert rows["by difference"][1:] == ["0.0150", "0.0650", "4.33", "4 or more: met"]
     assert rows["by layers"][1:] == ["0.0150", "0.0650", "4.33", "4 or more: met"]
+    assert rows["by difference, less noise"][1:4] == ["0.0090", "0.0650", "7.22"]
+    assert rows["by layers, less noise"][1:4] == ["0.0090", "0.0590", "6.56"]
 
 
 def test_thresholds_that_many_scores_share_are_one_rule() -> None:

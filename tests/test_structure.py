@@ -80,7 +80,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
-    "modes": {"calibration", "errors", "fingerprint", "gguf_file", "low_file", "rule"},
+    "modes": {"calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule"},
     "plot": {"errors"},
     "report": {"calibration", "choices", "evaluate", "plot", "rule"},
 }  # fmt: skip

@@ -2,11 +2,10 @@
  * copies of two precisions stand in for one another. */
 #include "model.h"
 
-#include <time.h>
-
 #include <errno.h>
 #include <math.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "faults.h"
 #include "files.h"
