@@ -50,13 +50,13 @@ PATIENCE = (2, 3, 4, 6, 9, 16)
 TOP_PATIENCE = (2, 3, 5, 9)
 LAMBDAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
-OURS = ("low", "low and skip", "patience", "patience, all high", "modes")
-BASELINES = ("skip only", "skip only, renormalised", "substitution", "fewer experts", "all low")
+OURS = ("low", "low and skip", "patience", "patience all high", "modes")
+BASELINES = ("skip only", "skip only renormalised", "substitution", "fewer experts", "all low")
 FAMILIES = (*OURS, *BASELINES, "share test")
 # Rules that --mode adds: those that are like ours count as ours.
 MORE_OURS, MORE = "more of ours", "more"
 # These must have twice our KL, or more, at equal bytes.
-WORSE = ("skip only", "skip only, renormalised", "substitution")
+WORSE = ("skip only", "skip only renormalised", "substitution")
 LEAST_WORSE = 2.0
 RATIOS = (1.25, 1.5, 2.0)
 LEAST_FEWER = {"high": 1.15, "balanced": 1.35, "fast": 1.6}
@@ -261,12 +261,12 @@ def rules(histogram: Histogram, n_used: int, n_groups: int, quick: bool) -> Iter
         yield from new("patience", f"0:1:{patience}", Rule(0.0, 1.0, patience=patience))
     for patience in few(TOP_PATIENCE):
         rule = Rule(1.0, 1.0, patience=patience)
-        yield from new("patience, all high", f"1:1:{patience}", rule)
+        yield from new("patience all high", f"1:1:{patience}", rule)
     for y in few(SKIP_SHARES):
         yield from new("skip only", f"skip-only:{at(y):g}", Rule(at(y), at(y)))
     for y in few(SKIP_SHARES):
         rule, name = Rule(at(y), at(y), renormalise=True), f"skip-only:{at(y):g}, renormalised"
-        yield from new("skip only, renormalised", name, rule)
+        yield from new("skip only renormalised", name, rule)
     for value in few(LAMBDAS):
         yield from new("substitution", *mode(f"substitute:{value:g}", None, "demo"))
     for count in few(range(n_used - 1, 0, -1)) if n_used > 2 else (1,):
@@ -311,6 +311,15 @@ def points_of(report: dict[str, Any], families: Sequence[str]) -> Points:
         if row["family"] in families and (row["family"] != "modes" or row["words"] != ALL_LOW_WORDS)
     ]
     return [(row["bytes_per_token"], row["kl"]) for row in rows]
+
+
+def ours_at(report: dict[str, Any], target: float) -> float | None:
+    """Return the least KL at so many bytes that a curve of ours has, or one through all of them."""
+    ours = (*OURS, MORE_OURS)
+    found = [
+        kl_at(points_of(report, families), target) for families in (ours, *([f] for f in ours))
+    ]
+    return min((kl for kl in found if kl is not None), default=None)
 
 
 def row_of(report: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -361,7 +370,7 @@ def mode_lines(report: dict[str, Any]) -> Iterator[str]:
 
 def ratio_lines(report: dict[str, Any]) -> Iterator[str]:
     """Compare the families at equal bytes."""
-    exact, ours = report["rows"][0]["bytes_per_token"], points_of(report, (*OURS, MORE_OURS))
+    exact = report["rows"][0]["bytes_per_token"]
     skipped = ("exact", "noise", "share test", "all low", "modes", MORE, MORE_OURS)
     families = [f for f in measured_families(report) if f not in skipped]
     if not families:
@@ -369,7 +378,7 @@ def ratio_lines(report: dict[str, Any]) -> Iterator[str]:
     yield "KL at fewer bytes than exact's, and how many times ours"
     head = ["", *(f"{ratio:g}x fewer" for ratio in report["ratios"]), "wanted"]
     targets = [exact / ratio for ratio in report["ratios"]]
-    best = [kl_at(ours, target) for target in targets]
+    best = [ours_at(report, target) for target in targets]
     cells = [head, ["ours, the best of all", *(plain(kl) for kl in best), ""]]
     for family in families:
         found = [kl_at(points_of(report, [family]), target) for target in targets]
@@ -391,11 +400,11 @@ def own_lines(report: dict[str, Any]) -> Iterator[str]:
     rows = [row for row in report["rows"] if row["family"] in ("all low", "fewer experts")]
     if not rows:
         return
-    ours, exact = points_of(report, (*OURS, MORE_OURS)), report["rows"][0]["bytes_per_token"]
+    exact = report["rows"][0]["bytes_per_token"]
     cells = [("", "fewer bytes", "KL", "ours there", "times ours")]
     for row in rows:
         size, kl = row["bytes_per_token"], row["kl"]
-        own = kl_at(ours, size)
+        own = ours_at(report, size)
         times = f"{kl / own:.2f}" if own else ""
         cells.append((row["mode"], f"{exact / size:.2f}x", f"{kl:.4f}", plain(own), times))
     yield from markdown(cells)
@@ -438,11 +447,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a curve for each family, and what is a point."""
 
     def marks(families: Sequence[str]) -> list[plot.Mark]:
-        return [
-            plot.Mark(row["mode"], row["bytes_per_token"], row["kl"], row["kl_se"])
-            for row in report["rows"]
-            if row["family"] in families
-        ]
+        names: dict[tuple[float, float, float], list[str]] = {}
+        for row in report["rows"]:
+            if row["family"] in families:
+                at = (row["bytes_per_token"], row["kl"], row["kl_se"])
+                names.setdefault(at, []).append(row["mode"])
+        # Modes that come to the same rule are one mark.
+        return [plot.Mark(", ".join(same), *at) for at, same in names.items()]
 
     points = ("exact", "modes", "all low", "fewer experts")
     apart = (*points, "noise", "share test", MORE, MORE_OURS)
