@@ -265,7 +265,7 @@ def rules_of(
         shares = ", ".join(f"{name} {hobbit_words(*SHARES[name])}" for name in missing)
         source = (
             "random weights, no KL means anything: T1 and T2 are quantiles of s over "
-            f"{PROBED} tokens, of all pairs high/low/skipped: {shares} (67/30/3 is HOBBIT's)"
+            f"{probed(options)} tokens, of all pairs high/low/skipped: {shares} (67/30/3 is HOBBIT's)"
         )
     return rules | found, "; ".join(filter(None, [source, by_hand]))
 
@@ -317,12 +317,16 @@ def base_job(options: argparse.Namespace, files: Files) -> dict[str, Any]:
     }
 
 
+def probed(options: argparse.Namespace) -> int:
+    return 8 if options.quick else PROBED
+
+
 def probe_job(options: argparse.Namespace, files: Files, cap: int) -> dict[str, Any]:
     """Decode with the low copies' slots in the plan, though exact: as much room as lossy modes."""
     return base_job(options, files) | {
         "memory": cap,
         "warm_up": 2,
-        "decode": 8 if options.quick else PROBED,
+        "decode": probed(options),
         "rule": asdict(EXACT),
         "observe": True,
     }
