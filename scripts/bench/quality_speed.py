@@ -265,7 +265,8 @@ def rules_of(
         shares = ", ".join(f"{name} {hobbit_words(*SHARES[name])}" for name in missing)
         source = (
             "random weights, no KL means anything: T1 and T2 are quantiles of s over "
-            f"{probed(options)} tokens, of all pairs high/low/skipped: {shares} (67/30/3 is HOBBIT's)"
+            f"{probed(options)} tokens, of all pairs high/low/skipped: {shares} "
+            "(67/30/3 is HOBBIT's)"
         )
     return rules | found, "; ".join(filter(None, [source, by_hand]))
 
