@@ -28,6 +28,8 @@ WIDTH = 32
 # An importance matrix is summed over so much text, in batches that read each expert once.
 IMPORTANCE_BATCH = 512
 CONTEXT = 512
+# Tokens have logits, and with them a last layer, as far as memory for them is planned.
+LAST_LAYER_EVERY = 8
 IMPORTANCE_TOKENS = 4096
 
 
@@ -53,7 +55,7 @@ def gather_importance(
         with llm.collect() as inputs:
             for part in windows(tokens, sample, model.bos):
                 model.clear()
-                model.decode(part, logits=False)
+                model.decode(part, logits=False, every=LAST_LAYER_EVERY)
     return Importance(
         "gathered from text by hobbit",
         {name: of.squares for name, of in inputs.items()},

@@ -113,11 +113,11 @@ class Forced:
         self._past = n
         return True
 
-    def decode(self, tokens: Sequence[int], *, logits: bool = True) -> Logits:
+    def decode(self, tokens: Sequence[int], *, logits: bool = True, every: int = 0) -> Logits:
         """Decode at most n_batch tokens in one batch: their logits, (token, vocabulary).
 
-        Without `logits` only the last token's are computed and none is returned. Raises ReadError
-        and Cancelled.
+        Without `logits` none is returned, and only the last token's are computed, or those of every
+        `every`-th: the last layer computes no other token. Raises ReadError and Cancelled.
         """
         context, n = self._llm._ctx.ctx, len(tokens)
         rows = np.empty((n if logits else 0, self.n_vocab), dtype=np.float32)
@@ -129,7 +129,7 @@ class Forced:
                 batch.pos[i] = self._past + i
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = 0
-                batch.logits[i] = logits or i == n - 1
+                batch.logits[i] = logits or i == n - 1 or (every > 0 and i % every == 0)
             with self._llm.translated_errors():
                 status = api.llama_decode(context, batch)
                 if status != 0:  # in the words that translated_errors knows

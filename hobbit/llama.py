@@ -225,6 +225,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "n_batch": self.context_params.n_batch,
             "n_ubatch": self.context_params.n_ubatch,
             "renormalise": self.rule.renormalise,
+            "per_token": self.rule.per_token,
+            "substitute": self.rule.substitute,
         }
 
     def observe(self) -> AbstractContextManager[npt.NDArray[np.int64]]:
@@ -268,6 +270,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 else Stats(tokens_generated=done, decode_s=seconds)
             )
             self._counted = self._counted.plus(new)
+
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        """See llama_cpp.Llama.generate.
+
+        Under a deterministic rule nothing of an earlier prompt is reused: in other batches experts
+        would get other precisions.
+        """
+        if self.rule.deterministic and not self.rule.per_token and named.get("reset", True):
+            self.reset()
+        return super().generate(*arguments, **named)
 
     def embed(self, *arguments: Any, **named: Any) -> Any:
         """See llama_cpp.Llama.embed."""
@@ -372,12 +384,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _keeps_low(self) -> bool:
         """Whether all low copies are to stay in memory."""
         wish, quality = self._own_arguments["resident_low"], self.quality
+        if wish == "on" and (quality.rule.is_exact or quality.low is None):
+            raise UsageError("resident low copies are for a lossy quality: add -Q or --t1 and --t2")
         if wish == "off" or self.plan.mode != "streamed":
             return False
         if wish == "auto":
             return quality.all_low is not None and self.plan.low_fits
-        if quality.rule.is_exact or quality.low is None:
-            raise UsageError("resident low copies are for a lossy quality: add -Q or --t1 and --t2")
         if not self.plan.low_fits:
             needed = self.plan.low_resident_bytes
             raise PlanError(

@@ -64,10 +64,16 @@ class Pool:
     experts: int
     floor: int
     groups: tuple[int, ...]
+    nested: bool = False
+
+    @property
+    def extra(self) -> int:
+        """Bytes for the planes that a nested model's high copies are made from."""
+        return self.floor * self.slot_bytes.low if self.nested else 0
 
     @property
     def bytes(self) -> int:
-        return self.slot_bytes.high * self.slots
+        return self.slot_bytes.high * self.slots + self.extra
 
     @property
     def low_slots(self) -> int:
@@ -231,7 +237,7 @@ def plan(
     if cache is None:
         budget = cap.bytes - fixed
     else:
-        everything = sum(pool.slot_bytes.high * pool.experts for pool in pools)
+        everything = sum(pool.slot_bytes.high * pool.experts + pool.extra for pool in pools)
         budget = floor if cache == "floor" else min(cache, everything)
         if budget < floor:
             raise PlanError(f"a cache of {cache} bytes is below the floor, {floor}", floor)
@@ -263,9 +269,8 @@ def _floor_pools(layout: Layout, slot_bytes: Sequence[SlotBytes]) -> tuple[Pool,
     for size, members in sizes.items():
         counts = [layout.groups[index].n_expert for index in members]
         floor = max(min(layout.n_expert_used, count) for count in counts)
-        if any(layout.groups[index].matrices[0].plane_bytes for index in members):
-            floor = max(floor, 2)  # the planes of one expert, and what they become
-        pools.append(Pool(size, floor, sum(counts), floor, tuple(members)))
+        nested = any(layout.groups[index].matrices[0].plane_bytes for index in members)
+        pools.append(Pool(size, floor, sum(counts), floor, tuple(members), nested))
     return tuple(pools)
 
 
@@ -291,10 +296,7 @@ def _fill(pools: Sequence[Pool], budget: int) -> tuple[Pool, ...]:
         left -= given
     for index in sorted(range(len(pools)), key=lambda i: -pools[i].slot_bytes.high):
         left -= give(index, left)
-    return tuple(
-        Pool(pool.slot_bytes, n, pool.experts, pool.floor, pool.groups)
-        for pool, n in zip(pools, slots, strict=True)
-    )
+    return tuple(replace(pool, slots=n) for pool, n in zip(pools, slots, strict=True))
 
 
 def _cache_reason(pools: Sequence[Pool]) -> str:

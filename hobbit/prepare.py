@@ -72,7 +72,8 @@ def prepare(
     if gathered:
         importance = _gathered(kept, layout, gather, types)
     # What was measured of a copy must not be taken for that of another: gone before it comes.
-    path_of(dest).unlink(missing_ok=True)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path_of(dest).unlink()
     made = write_low(
         layout, plan, dest, importance, threads or physical_cores(), progress or _ignore
     )

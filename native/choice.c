@@ -5,9 +5,6 @@
 
 #include "model_impl.h"
 
-/* At most so many high copies are promoted at a time: more would fill memory bandwidth and slots with guesses. */
-#define MAX_BACKGROUND 2
-
 static bool thresholds_fit(const struct hobbit_model *m, const struct hobbit_rule *rule, char *err, size_t err_len) {
     for (int32_t g = 0; g < m->catalog.n_groups; g++) {
         float t1 = rule->t1[g], t2 = rule->t2[g];
@@ -162,7 +159,8 @@ bool hb_model_schedule(struct hobbit_model *m, int32_t group, int32_t n, const i
     return step == HB_SCHEDULE_OK;
 }
 
-/* Promote where there is room, or for what was asked for since about as many others were as fit the cache. */
+/* Promote where there is room, or what is asked for again before as many others were as fit the cache. Not now: what is
+ * evicted for it may have been chosen, and not be pinned yet. */
 static void ask_for_high(struct hobbit_model *m, struct hb_key key) {
     uint64_t *asked_at = &m->asked_at[hb_model_number(m, key)];
     uint64_t before = *asked_at;
@@ -170,9 +168,8 @@ static void ask_for_high(struct hobbit_model *m, struct hb_key key) {
     uint64_t window = (uint64_t) hb_model_arena(m, key.group, HOBBIT_HIGH).n_slots;
     bool again = before > 0 && m->asks - before <= window;
     bool wanted = again || hb_cache_has_room(m->cache, key);
-    if (wanted && m->in_background < MAX_BACKGROUND && hb_model_start_read(m, key, true)) {
-        m->in_background++;
-        atomic_fetch_add(&m->counters.promotions, 1);
+    if (wanted && m->in_background + m->n_wanted < HB_MAX_BACKGROUND) {
+        m->wanted[m->n_wanted++] = key;
     }
 }
 

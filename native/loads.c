@@ -179,6 +179,13 @@ static bool take_in(struct hobbit_model *m, const struct hb_load *load) {
 }
 
 void hb_model_settle(struct hobbit_model *m) {
+    for (; m->n_wanted > 0; m->n_wanted--) {
+        struct hb_key key = m->wanted[m->n_wanted - 1];
+        if (hb_cache_slot(m->cache, key) < 0 && hb_model_start_read(m, key, true)) {
+            m->in_background++;
+            atomic_fetch_add(&m->counters.promotions, 1);
+        }
+    }
     while (m->in_background > 0) {
         struct hb_job *job = hb_reader_next(m->reader, false);
         if (job == NULL) {

@@ -85,7 +85,7 @@ bool hb_model_has_schedule(const struct hobbit_model *model);
 bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is cached */
 /* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
-/* Take in what was read in the background. */
+/* Between computations: take in what was read in the background, and start what is wanted so. */
 void hb_model_settle(struct hobbit_model *model);
 /* Count the look-up; a cached copy is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key);

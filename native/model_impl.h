@@ -9,6 +9,8 @@
 
 #define HB_DEFAULT_IO_THREADS 4
 #define HB_ERROR_BYTES 512
+/* At most so many high copies are promoted at a time: more would fill memory bandwidth and slots with guesses. */
+#define HB_MAX_BACKGROUND 2
 
 /* The reading of one copy into one slot. */
 struct hb_load {
@@ -55,6 +57,8 @@ struct hobbit_model {
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;
     int32_t in_background;
+    struct hb_key wanted[HB_MAX_BACKGROUND]; /* high copies to read in the background */
+    int32_t n_wanted;
     pthread_mutex_t lock;       /* see model.h */
     pthread_mutex_t error_lock; /* guards `error` */
     char error[HB_ERROR_BYTES];

@@ -59,6 +59,18 @@ static void apply_rule(const struct hb_rule *rule, const struct hb_segment *s, s
     }
 }
 
+/* Whether scores make no difference. */
+static bool all_alike(const struct hb_rule *rule, int32_t group) {
+    float t1 = rule->t1[group], t2 = rule->t2[group];
+    return rule->experts == 0 && (t1 >= 1 || (t1 < 0 && (t2 >= 1 || t2 < 0)));
+}
+
+static void set_all(const struct hb_segment *s, struct hb_routing *r, int32_t need) {
+    for (int32_t e = 0; e < r->n_experts; e++) {
+        r->experts[e].precision = hb_model_choose(s->model, s->group, r->experts[e].expert, need);
+    }
+}
+
 static bool apply_schedule(const struct hb_segment *s, struct hb_routing *r, int32_t *experts, int32_t *precisions) {
     for (int32_t e = 0; e < r->n_experts; e++) {
         experts[e] = r->experts[e].expert;
@@ -108,6 +120,13 @@ bool hb_precision_choose(struct hb_block *memory, const struct hb_segment *s, st
     bool seen = s->weights != NULL && r->n_used <= HB_SCORER_EXPERTS;
     struct hb_counters *counters = hb_model_counters(s->model);
     atomic_fetch_add(seen ? &counters->scored : &counters->unscored, (uint64_t) r->n_pairs);
+    if (!seen && rule->active && !all_alike(rule, s->group)) {
+        hb_model_fail(s->model, "the gate weights of this model are not where hobbit looks for them: use -Q exact");
+        return false;
+    }
+    if (!seen && rule->active) {
+        set_all(s, r, hb_scorer_need(0, rule->t1[s->group], rule->t2[s->group]));
+    }
     if (seen) {
         float *scores = hb_block_take(memory, n_pairs * sizeof *scores);
         score_pairs(s, r, scores);

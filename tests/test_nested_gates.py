@@ -70,18 +70,16 @@ def test_exact(name: str, bench: Bench) -> None:
                 assert stats.evictions > 0
 
 
-@pytest.mark.xfail(
-    reason="a high copy is read beside its low one: with no room for both another goes, always"
-)
 def test_everything_cached_is_read_once(bench: Bench) -> None:
-    """Both planes of each expert: 36 bytes for a block of 34."""
+    """With room for all it settles: then nothing is read or evicted."""
     _, copy = nested_of(bench, "qwen3moe")
     with opened(copy, "all", MIXED) as llm:
         assert llm.plan.mode == "resident-experts"
         for seed in range(4):
             run(llm, replace(MIXED, seed=seed))
-        assert llm.stats.evictions == 0
-        assert llm.stats.read_bytes <= layout_of(copy).expert_bytes * 36 // 34
+        # While several are read at a time, their low planes may take an expert's place.
+        again = llm.stats.misses - sum(g.n_expert for g in layout_of(copy).groups)
+        assert 0 <= again == llm.stats.evictions <= 2
         read = llm.stats.read_bytes
         run(llm, MIXED)
         assert llm.stats.read_bytes == read, "a warm full cache read again"
@@ -172,15 +170,15 @@ def test_resident_low(bench: Bench) -> None:
 
 
 def test_the_floor(bench: Bench) -> None:
-    """Of one expert the low copy and what it becomes: two slots, where one would do otherwise."""
+    """Of one expert the low copy and what it becomes: room for both, where one would do else."""
     path, copy = nested_of(bench, "top-1")
     slots = {}
     for name, file in (("plain", path), ("nested", copy)):
         with opened(file, "floor", MIXED) as llm:
             (pool,) = llm.plan.pools
-            slots[name] = pool.slots
+            slots[name] = pool.slots, pool.extra > 0
             assert_same(bench.stock(path, MIXED), run(llm, MIXED), name)
-    assert slots == {"plain": 1, "nested": 2}
+    assert slots == {"plain": (1, False), "nested": (1, True)}
 
 
 @pytest.mark.parametrize("io", ["direct", "buffered"])
