@@ -196,3 +196,23 @@ def test_prepare_then_run(tmp_path: Path) -> None:
     assert again.returncode == 0
     assert f"{low}: is made already" in again.stderr
     assert again.stdout == prepared.stdout
+
+
+def test_prepare_nested(tmp_path: Path) -> None:
+    """One file that needs no other: exact's text, and modes by hand."""
+    path, copy = tmp_path / "words.gguf", tmp_path / "words.hobbit-nested.gguf"
+    tiny.make(path, "qwen3moe", "Q8_0", n_used=4, change=words_only)
+    made = hobbit("prepare", path, "--nested", "--imatrix", "none", "--no-calibrate", "-t", "1")
+    assert made.returncode == 0, made.stderr
+    assert f"{copy}: " in made.stderr and "is not needed beside it" in made.stderr
+    expected = text_of(hobbit("run", path, *RUN, "--memory", "1G"))
+    path.rename(tmp_path / "elsewhere")
+    assert text_of(hobbit("run", copy, *RUN, "--memory", "1G")) == expected
+    report = json.loads(text_of(hobbit("run", copy, *RUN, "--t1", "0.1", "--json")))
+    assert report["experts"]["pairs_low"] > 0
+    assert report["quality"]["low_file"] == str(copy)
+    again = hobbit("prepare", copy, "--nested", "--no-calibrate", "-q", "-o", tmp_path / "twice")
+    assert (again.returncode, again.stderr.count("\n")) == (3, 1)
+    assert "is a nested copy already" in again.stderr
+    both = hobbit("prepare", copy, "--nested", "--low", "q4_0")
+    assert (both.returncode, both.stderr.count("\n")) == (2, 1)

@@ -24,7 +24,7 @@ from hobbit.layout import Layout
 from hobbit.low_file import low_path
 from hobbit.nested import make_nested
 from hobbit.prepare import make_low
-from hobbit.quality import EXACT_NAME, Quality, choose
+from hobbit.quality import EXACT_NAME, ROOMY, Quality, choose
 from hobbit.rule import EXACT, Rule
 
 
@@ -233,6 +233,22 @@ class TestWhatIsChosen:
         assert found.low is nested.low is not None
         words = refusal(ModelError, nested, "fast")
         assert words.startswith(f"{tmp_path / 'nested.gguf'}: is not calibrated")
+
+
+@pytest.mark.parametrize(
+    ("share", "name"), [(1.0, "roomy"), (ROOMY, "roomy"), (ROOMY - 0.01, "tight"), (0.0, "tight")]
+)
+def test_what_little_memory_leaves(share: float, name: str) -> None:
+    """The promise was measured with half of the experts cached: with less another rule keeps it."""
+    tight = Quality("tight", Rule(0.9, 1.0))
+    measured = Quality("roomy", Rule(0.1, 1.0), measured=True, tight=tight)
+    assert measured.at(share).name == name
+    alone = replace(measured, tight=None)
+    if name == "tight":
+        with pytest.raises(UsageError, match=r"-Q roomy needs more memory here: .* below 45 %"):
+            alone.at(share)
+    by_hand = replace(alone, measured=False)
+    assert by_hand.at(share) is by_hand
 
 
 EFFORT = Effort(wide_tokens=192, single_tokens=192, window=96, measurements=5, patience=(2,))
