@@ -9,8 +9,8 @@
 
 #define HB_DEFAULT_IO_THREADS 4
 #define HB_ERROR_BYTES 512
-/* At most so many high copies are promoted at a time: more would fill memory bandwidth and slots with guesses. */
-#define HB_MAX_BACKGROUND 2
+/* At most so many high copies are promoted at a time: more would take memory bandwidth from the computation. */
+#define HB_MAX_BACKGROUND 1
 
 /* The reading of one copy into one slot. */
 struct hb_load {
