@@ -62,7 +62,7 @@ static void apply_rule(const struct hb_rule *rule, const struct hb_segment *s, s
 /* Whether scores make no difference. */
 static bool all_alike(const struct hb_rule *rule, int32_t group) {
     float t1 = rule->t1[group], t2 = rule->t2[group];
-    return rule->experts == 0 && (t1 >= 1 || (t1 < 0 && (t2 >= 1 || t2 < 0)));
+    return rule->experts == 0 && (t1 >= 1 || (t1 < 0 && t2 >= 1));
 }
 
 static void set_all(const struct hb_segment *s, struct hb_routing *r, int32_t need) {
