@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from gates import Bench
 
 # Building the demo takes minutes, so it is shared between runs of the tests.
 _CACHE = os.environ.get("HOBBIT_TEST_CACHE") or str(Path.home() / ".cache" / "hobbit")
@@ -38,3 +40,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a test tried to use the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Tiny models and stock's logits of them, made once a module."""
+    made = Bench(tmp_path_factory.mktemp("models"))
+    yield made
+    made.close()

@@ -6,7 +6,6 @@ cached, no reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,6 @@ from hobbit.verify import CACHES
 
 LAST = replace(JOB, n_prompt=70, n_decode=4, all_logits=False)
 SEVERAL = replace(JOB, n_seq=3, n_prompt=40, n_decode=16)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 def check(path: Path, expected: Logits, cache: str, job: Job = JOB, **arguments: object) -> None:

@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +40,6 @@ from hobbit.stock import (
 )
 
 SHORT = replace(JOB, n_prompt=40, n_decode=12)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 def interleaved(contexts: list[tuple[object, int]], job: Job) -> list[Logits]:

@@ -5,7 +5,6 @@ A context of one token attends to itself alone, so that the layer's input is a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +27,6 @@ Floats = npt.NDArray[np.float64]
 TOKENS = [5, 300, 5, 17, 99, 260, 271, 280, 41, 9, 130, 200]
 F32 = {"type_k": 0, "type_v": 0}  # of the KV cache
 N_USED = 3
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

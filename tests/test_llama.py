@@ -39,13 +39,6 @@ PROMPT = "the cat is on a mat and it was not by the sea"
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def path(bench: Bench) -> Path:
     return bench.model("text", lambda path: tiny.make_text_model(path, chat=True))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +28,6 @@ MODELS = {
     },
 }  # fmt: skip
 DETERMINISTIC = Rule(0.35, 0.75, deterministic=True)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 def nested_of(bench: Bench, name: str) -> tuple[Path, Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,13 +50,6 @@ from hobbit.stats import Stats
 from hobbit.stock import Job
 
 SEVERAL = [name for name in MODELS if name not in ("llama", "granitemoe", "odd-size")]
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 def shares(stats: Stats) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,13 +252,6 @@ def test_what_little_memory_leaves(share: float, name: str) -> None:
 
 EFFORT = Effort(wide_tokens=192, single_tokens=192, window=96, measurements=5, patience=(2,))
 TEXT = "it is the end of a day and they were not at home with you by the " * 20
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

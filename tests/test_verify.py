@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +17,6 @@ from hobbit.stock import DecodeFailed, Job, Logits, StockProcess, collect, empty
 from hobbit.verify import CACHES, VerifyRow, cache_bytes, compare, verify
 
 SHORT = replace(JOB, n_prompt=40, n_decode=8)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("models"))
-    yield made
-    made.close()
 
 
 def test_rows(bench: Bench) -> None:
