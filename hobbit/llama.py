@@ -335,9 +335,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
-        if self.rule == ALL_LOW and self.plan.low_is_resident:
-            # Everything may be low: then what fits besides can be high, where it is asked for.
-            self.quality = replace(self.quality, rule=Rule(1.0, 1.0))
+        if self.rule == ALL_LOW and self.quality.all_low is not None:
+            # Everything may be low; but what there is room for can be high, where it is asked for.
+            if self.plan.low_is_resident:
+                self.quality = replace(self.quality, rule=Rule(1.0, 1.0))
+            elif self.plan.mode == "resident-experts":
+                self.quality = replace(self.quality, rule=Rule(1.0, 1.0, patience=2))
         if self.rule != EXACT or self.plan.low_is_resident:
             streamed.set_rule(self.rule)
         if self.plan.low_is_resident:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from gates import Bench, layout_of, opened, run
@@ -24,7 +25,7 @@ from hobbit.low_file import low_path
 from hobbit.nested import make_nested
 from hobbit.prepare import make_low
 from hobbit.quality import EXACT_NAME, ROOMY, Quality, choose
-from hobbit.rule import EXACT, Rule
+from hobbit.rule import ALL_LOW, EXACT, Rule
 
 
 @pytest.fixture
@@ -282,6 +283,19 @@ class TestLlama:
         with opened(model, "floor", MIXED, quality="5", deterministic=True) as llm:
             assert low.tight is not None
             assert llm.rule == replace(low.tight.rule, deterministic=True)
+
+    def test_with_room_for_all_they_become_high(self, model: Path) -> None:
+        """All low keeps the promise, and would be kept for nothing; but not if it was asked for."""
+        assert choose(layout_of(model), 5.0).rule == ALL_LOW
+        for deterministic in (False, True):
+            with opened(model, "all", MIXED, quality=5.0, deterministic=deterministic) as llm:
+                for _ in range(6):
+                    before = llm.stats
+                    found = run(llm, MIXED)
+                last = llm.stats.minus(before)
+                assert (last.pairs_low == 0) is not deterministic
+                assert (last.pairs_high == 0) is deterministic
+        assert np.isfinite(found).all()
 
     def test_low_copies_are_resident_where_all_low_keeps_the_promise(self, model: Path) -> None:
         layout = layout_of(model)
