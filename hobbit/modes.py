@@ -17,10 +17,11 @@ from .rule import ALL_LOW, EXACT, Rule
 
 HELP = (
     "exact, high, balanced, fast, a KL budget (0.02), T1:T2[:PATIENCE] (0.6:0.9), all-low, "
-    "skip-only:T, fewer:K (experts), or substitute:LAMBDA (cache-aware routing)"
+    "skip-only:T, fewer:K (experts), substitute:LAMBDA (cache-aware routing), or reversed:T1:T2"
 )
 
 _SKIP_ONLY, _FEWER, _SUBSTITUTE = "skip-only:", "fewer:", "substitute:"
+_REVERSED = "reversed:"
 
 
 def mode(
@@ -114,6 +115,10 @@ def _rule(name: str, calibration: Calibration | None, model: str, roomy: bool) -
         return Rule(deterministic=True, renormalise=True, experts=int(count))
     if name.startswith(_SUBSTITUTE):
         return Rule(substitute=_threshold(name.removeprefix(_SUBSTITUTE), name))
+    if name.startswith(_REVERSED):
+        return replace(
+            _rule(name.removeprefix(_REVERSED), calibration, model, roomy), reversed=True
+        )
     if ":" in name:
         t1, t2, *rest = name.split(":")
         if len(rest) > 1 or (rest and not rest[0].isdecimal()):

@@ -32,6 +32,7 @@ class Rule:
     substitute: lambda of cache-aware routing (arXiv 2412.00099), which the others are compared
     with: experts that are cached get this share of the range of the router's logits on top.
     experts: so many of a token's experts are used and the others skipped; 0 is all.
+    reversed: s sums the smaller gate weights instead: the important experts go first, to compare.
     per_token: with deterministic, in a batch too each token gets its own precision; otherwise an
     expert gets the strongest need of the batch.
     """
@@ -44,6 +45,7 @@ class Rule:
     patience: int = 0
     substitute: float = 0.0
     experts: int = 0
+    reversed: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("T1", self.t1), ("T2", self.t2)):

@@ -224,6 +224,7 @@ class StreamedModel:
             "per_token": rule.per_token,
             "substitute": rule.substitute,
             "experts": rule.experts,
+            "reversed": rule.reversed,
             "patience": rule.patience,
         }
         error = error_buffer()

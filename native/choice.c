@@ -45,6 +45,7 @@ int32_t hobbit_model_set_rule(struct hobbit_model *m, const struct hobbit_rule *
         .deterministic = rule->deterministic != 0,
         .renormalise = rule->renormalise != 0,
         .per_token = rule->per_token != 0 && rule->deterministic != 0,
+        .reversed = rule->reversed != 0,
         .patience = rule->patience,
         .experts = rule->experts,
         .substitute = rule->substitute,

@@ -116,6 +116,7 @@ struct hobbit_rule {
     int32_t renormalise;   /* after a skip, the token's other gate weights grow to the old sum */
     int32_t patience;      /* an expert's high copy is read when it was needed so often; before, a low one is used */
     int32_t experts;       /* a token's others are skipped; 0: all are used */
+    int32_t reversed;      /* for comparisons: s sums the smaller gate weights, so that the important go first */
     float substitute;      /* lambda of cache-aware routing, for comparisons; 0: off. See native/substitute.h */
     int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */
 };

@@ -25,7 +25,7 @@ struct hb_counters {
 /* hobbit_rule, with its own copy of the thresholds. */
 struct hb_rule {
     bool active; /* else everything is high, and there are no thresholds */
-    bool deterministic, renormalise, per_token;
+    bool deterministic, renormalise, per_token, reversed;
     int32_t patience, experts;
     float substitute;
     float *t1, *t2; /* one a group */

@@ -41,12 +41,22 @@ static int32_t rank(const float *scores, int32_t n_used, int32_t n) {
     return before;
 }
 
+/* The sum of the token's smaller gate weights, of 1: what is left of it above the next score. */
+static float reversed(const float *scores, int32_t n_used, int32_t n) {
+    float next = 1;
+    for (int32_t i = 0; i < n_used; i++) {
+        next = scores[i] > scores[n] && scores[i] < next ? scores[i] : next;
+    }
+    return 1 - next;
+}
+
 static void apply_rule(const struct hb_rule *rule, const struct hb_segment *s, struct hb_routing *r,
                        const float *scores, uint8_t *needs) {
     for (int64_t i = 0; i < r->n_pairs; i++) {
         int32_t n = (int32_t) (i % r->n_used);
         bool used = rule->experts == 0 || rank(scores + i - n, r->n_used, n) < rule->experts;
-        needs[i] = used ? (uint8_t) hb_scorer_need(scores[i], rule->t1[s->group], rule->t2[s->group]) : HOBBIT_SKIP;
+        float score = rule->reversed ? reversed(scores + i - n, r->n_used, n) : scores[i];
+        needs[i] = used ? (uint8_t) hb_scorer_need(score, rule->t1[s->group], rule->t2[s->group]) : HOBBIT_SKIP;
     }
     if (rule->per_token) {
         hb_routing_divide(r, needs);

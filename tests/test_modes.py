@@ -27,6 +27,7 @@ from hobbit.rule import ALL_LOW, EXACT, Rule
         ("0.6:0.9:4", Rule(0.6, 0.9, patience=4)),
         ("fewer:1", Rule(deterministic=True, renormalise=True, experts=1)),
         ("substitute:0.5", Rule(substitute=0.5)),
+        ("reversed:0.2:1", Rule(0.2, 1.0, reversed=True)),
         ("0.015", RULES[1]),
         ("1e-2", None),
         ("high", None),

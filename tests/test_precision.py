@@ -95,6 +95,13 @@ def test_full_on(name: str, bench: Bench) -> None:
         run(llm, SINGLE)
         assert shares(llm.stats.minus(before)) == (top, total - top, 0)
         assert llm.stats.read_low_bytes > 0
+        # The other way round it is the least important that stays: as many, and others.
+        plain = run(llm, SINGLE)
+        llm.rule = Rule(0.0, 1.0, deterministic=True, reversed=True)
+        before = llm.stats
+        found = run(llm, SINGLE)
+        assert shares(llm.stats.minus(before)) == (top, total - top, 0)
+        assert found.tobytes() != plain.tobytes()
 
 
 @pytest.mark.parametrize("name", MODELS)
