@@ -63,10 +63,6 @@ static void apply_rule(const struct hb_rule *rule, const struct hb_segment *s, s
     } else {
         hb_routing_strongest(r, needs);
     }
-    for (int32_t e = 0; e < r->n_experts; e++) {
-        struct hb_routed *expert = &r->experts[e];
-        expert->precision = hb_model_choose(s->model, s->group, expert->expert, expert->precision);
-    }
 }
 
 /* Whether scores make no difference. */
@@ -75,9 +71,17 @@ static bool all_alike(const struct hb_rule *rule, int32_t group) {
     return rule->experts == 0 && (t1 >= 1 || (t1 < 0 && t2 >= 1));
 }
 
-static void set_all(const struct hb_segment *s, struct hb_routing *r, int32_t need) {
+static void need_all(struct hb_routing *r, int32_t need) {
     for (int32_t e = 0; e < r->n_experts; e++) {
-        r->experts[e].precision = hb_model_choose(s->model, s->group, r->experts[e].expert, need);
+        r->experts[e].precision = need;
+    }
+}
+
+/* From what is needed to what each expert gets. */
+static void choose(const struct hb_segment *s, struct hb_routing *r) {
+    for (int32_t e = 0; e < r->n_experts; e++) {
+        struct hb_routed *expert = &r->experts[e];
+        expert->precision = hb_model_choose(s->model, s->group, expert->expert, expert->precision);
     }
 }
 
@@ -135,7 +139,7 @@ bool hb_precision_choose(struct hb_block *memory, const struct hb_segment *s, st
         return false;
     }
     if (!seen && rule->active) {
-        set_all(s, r, hb_scorer_need(0, rule->t1[s->group], rule->t2[s->group]));
+        need_all(r, hb_scorer_need(0, rule->t1[s->group], rule->t2[s->group]));
     }
     if (seen) {
         float *scores = hb_block_take(memory, n_pairs * sizeof *scores);
@@ -143,6 +147,9 @@ bool hb_precision_choose(struct hb_block *memory, const struct hb_segment *s, st
         if (rule->active) {
             apply_rule(rule, s, r, scores, hb_block_take(memory, n_pairs));
         }
+    }
+    if (rule->active) {
+        choose(s, r);
     }
     if (scheduled) {
         int32_t *experts = hb_block_take(memory, n_pairs * sizeof *experts);
