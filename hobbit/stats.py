@@ -22,8 +22,14 @@ _COUNTERS = (
     "unscored",
     "promotions",
     "stand_ins",
+    "ahead",
+    "ahead_used",
+    "ahead_bytes",
+    "ahead_wasted_bytes",
     "stall_s",
     "moe_s",
+    "predict_s",
+    "manage_s",
 )
 
 
@@ -35,7 +41,10 @@ class Stats:
     pairs that were scored, `unscored` those that had to be high because the gate weights of their
     layer are not seen. `promotions` are high copies read although a low one was cached, `stand_ins`
     experts that got a resident low copy though they needed a high one.
-    `stall_s` is the time in which computing waited for a read, `moe_s` all time in the experts.
+    `ahead` are copies read because they were predicted, `ahead_used` those of them that were then
+    used; `ahead_bytes` and `ahead_wasted_bytes` what they took and what of it was in vain.
+    `stall_s` is the time in which computing waited for a read, `moe_s` the time in the experts'
+    matrices, `predict_s` that of predicting, `manage_s` of looking up, evicting and asking.
     """
 
     tokens_prompt: int = 0
@@ -55,8 +64,14 @@ class Stats:
     unscored: int = 0
     promotions: int = 0
     stand_ins: int = 0
+    ahead: int = 0
+    ahead_used: int = 0
+    ahead_bytes: int = 0
+    ahead_wasted_bytes: int = 0
     stall_s: float = 0.0
     moe_s: float = 0.0
+    predict_s: float = 0.0
+    manage_s: float = 0.0
     io: str = ""
     cap_bytes: int = 0
     peak_bytes: int = 0

@@ -130,7 +130,11 @@ struct hobbit_stats {
     uint64_t scored, unscored;                    /* pairs with a score, and those whose gate weights are not seen */
     uint64_t promotions;                          /* high copies read although a low one was cached */
     uint64_t stand_ins;                           /* experts that needed high and got a low copy that is kept */
+    uint64_t ahead, ahead_used; /* copies that prediction asked for, and those of them that were used in time */
+    uint64_t ahead_bytes, ahead_wasted_bytes; /* read for predictions, and of that for copies never used */
     uint64_t stall_ns;   /* the computation waited for reads */
+    uint64_t predict_ns; /* it predicted which experts come next */
+    uint64_t manage_ns;  /* it looked up, evicted and asked for reads */
     uint64_t compute_ns; /* inside the expert matrices */
     uint64_t splits;     /* graph pieces computed here */
     uint64_t dense_bytes; /* served to llama.cpp while loading */

@@ -18,6 +18,7 @@
 
 struct hb_counters {
     atomic_uint_fast64_t hits, misses, evictions, cached, stall_ns, compute_ns, splits, dense_bytes;
+    atomic_uint_fast64_t ahead, ahead_used, ahead_bytes, ahead_wasted_bytes, predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
 };
