@@ -38,6 +38,7 @@ from .fingerprint import fingerprint
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
+from .policy import DEFAULT, Policy, parse_policy
 from .quality import EXACT_NAME, Quality, choose, low_copies
 from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
@@ -81,6 +82,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     rule: which experts may be low or skipped, in place of a quality.
     resident_low: keep all low copies in memory, so that nothing waits for a read: "on", "off", or
     "auto", where they fit and even all of them together keep the promise.
+    policy: who is evicted from the expert cache: a name ("decay", "hobbit", "lcu", "lfru", "lfu",
+    "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -100,6 +103,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         deterministic: bool = False,
         rule: Rule | None = None,
         resident_low: ResidentLow = "auto",
+        policy: str | Policy = DEFAULT,
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -117,6 +121,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "deterministic": deterministic,
             "rule": rule,
             "resident_low": resident_low,
+            "policy": policy,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -126,6 +131,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise UsageError(f"io is {io!r}: use auto, direct or buffered")
         if resident_low not in ("auto", "on", "off"):
             raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
+        self.policy = parse_policy(policy) if isinstance(policy, str) else policy
         layout = build_layout(open_gguf(Path(model_path)))
         self.quality: Quality = _chosen(layout, self._own_arguments)
         # A nested copy cannot be without its low copies.
@@ -263,6 +269,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self._ctx.ctx is None:
             raise HobbitError("the model is closed")
         before = self.n_tokens
+        if before == 0 and self._streamed is not None:
+            self._streamed.new_sequence()
         is_prompt = len(tokens) != 1 or before == 0
         start = time.perf_counter()
         try:
@@ -341,6 +349,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
+        streamed.set_policy(self.policy)
         if self.rule == ALL_LOW and self.quality.all_low is not None:
             # Everything may be low; but what there is room for can be high, where it is asked for.
             if self.plan.low_is_resident:

@@ -16,6 +16,7 @@ from ._native import CancelFlag, check, error_buffer, ffi, lib
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
+from .policy import Policy
 from .rule import Rule
 
 Io = Literal["auto", "direct", "buffered"]
@@ -230,6 +231,36 @@ class StreamedModel:
         error = error_buffer()
         made_rule = ffi.new("struct hobbit_rule *", native)
         check(lib.hobbit_model_set_rule(self._handle, made_rule, error, len(error)), error)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Evict by this policy from now on."""
+        native = ffi.new(
+            "struct hobbit_policy *",
+            {
+                "kind": getattr(lib, f"HOBBIT_POLICY_{policy.name.upper()}"),
+                "w_lru": policy.w_lru,
+                "w_lfu": policy.w_lfu,
+                "w_lhu": policy.w_lhu,
+                "w_fld": policy.w_fld,
+                "half_life": policy.half_life,
+                "low_cost": self._low_cost(),
+            },
+        )
+        error = error_buffer()
+        check(lib.hobbit_model_set_policy(self._handle, native, error, len(error)), error)
+
+    def _low_cost(self) -> float:
+        """Bytes of low copies over those of high ones."""
+        layout = self.layout
+        low, high = (
+            sum(group.expert_bytes for group in groups)
+            for groups in (layout.low.groups if layout.low else (), layout.groups)
+        )
+        return low / high
+
+    def new_sequence(self) -> None:
+        """What comes now is another sequence."""
+        lib.hobbit_model_new_sequence(self._handle)
 
     def forget(self) -> None:
         """Drop every cached copy."""

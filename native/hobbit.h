@@ -121,6 +121,24 @@ struct hobbit_rule {
     int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */
 };
 
+/* Who is evicted; the formulas are in native/policy.h. */
+enum hobbit_policy_kind {
+    HOBBIT_POLICY_LRU      = 0,
+    HOBBIT_POLICY_LFU      = 1,
+    HOBBIT_POLICY_LFRU     = 2,
+    HOBBIT_POLICY_LCU      = 3,
+    HOBBIT_POLICY_HOBBIT   = 4,
+    HOBBIT_POLICY_DECAY    = 5,
+    HOBBIT_POLICY_FARTHEST = 6, /* for simulations: Belady */
+};
+
+struct hobbit_policy {
+    int32_t kind;
+    float w_lru, w_lfu, w_lhu, w_fld; /* HOBBIT; DECAY uses w_fld */
+    float half_life;                  /* DECAY, in tokens */
+    float low_cost;                   /* LCU: bytes of a low copy over those of a high one */
+};
+
 struct hobbit_stats {
     uint64_t hits, misses, evictions; /* expert look-ups: one per distinct copy, layer and ubatch */
     uint64_t read_bytes;              /* bytes of expert data delivered, alignment padding excluded */
@@ -177,6 +195,11 @@ int32_t hobbit_model_schedule_end(struct hobbit_model *model, char *err, size_t 
  * read: where the high copy is missing the low one answers, and the high one is read in the background if it is asked
  * for again before as many others were as there is room for. */
 int32_t hobbit_model_keep_low(struct hobbit_model *model, char *err, size_t err_len);
+/* Evict by this policy from now on; a model starts with LRU. HOBBIT_ARG: a number makes no sense. */
+int32_t hobbit_model_set_policy(struct hobbit_model *model, const struct hobbit_policy *policy, char *err,
+                                size_t err_len);
+/* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. */
+void hobbit_model_new_sequence(struct hobbit_model *model);
 /* Drop every cached copy that is not kept. */
 void hobbit_model_forget(struct hobbit_model *model);
 /* Count scores above 0 into [n_groups][HOBBIT_SCORE_BINS] from now on; the last bin holds 1. NULL ends it. */

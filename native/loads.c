@@ -95,8 +95,12 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
     return true;
 }
 
-int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key) {
-    int32_t slot = hb_cache_find(m->cache, key);
+void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
+    hb_cache_begin(m->cache, group, n_tokens);
+}
+
+int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, int32_t n_pairs) {
+    int32_t slot = hb_cache_find(m->cache, key, n_pairs);
     if (slot >= 0) {
         hb_cache_pin(m->cache, key, true);
         atomic_fetch_add(&m->counters.hits, 1);

@@ -88,8 +88,10 @@ bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
 /* Between computations: take in what was read in the background, and start what is wanted so. */
 void hb_model_settle(struct hobbit_model *model);
-/* Count the look-up; a cached copy is pinned and its slot returned, else -1. */
-int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key);
+/* A layer's look-ups begin, of so many tokens. */
+void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
+/* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
+int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
 enum hb_fetch {
     HB_FETCH_STARTED, /* it will arrive */
     HB_FETCH_READY,   /* it came with another copy meanwhile: it is pinned, in `*slot` */

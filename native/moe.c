@@ -111,6 +111,7 @@ static struct hb_key key_of(const struct wave *w, const struct hb_routed *e) {
 
 static void look_up(struct wave *w) {
     struct hobbit_model *model = w->segment->model;
+    hb_model_begin(model, w->segment->group, (int32_t) w->moe->routing.n_tokens);
     for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
         struct hb_routed *e = &w->moe->routing.experts[i];
         atomic_fetch_add(&hb_model_counters(model)->pairs[e->precision], (uint64_t) e->n_pairs);
@@ -120,7 +121,7 @@ static void look_up(struct wave *w) {
             w->skipped++;
             continue;
         }
-        e->slot = hb_model_look_up(model, key_of(w, e));
+        e->slot = hb_model_look_up(model, key_of(w, e), e->n_pairs);
         e->state = e->slot >= 0 ? READY : MISSING;
         w->ready += e->slot >= 0;
     }
