@@ -6,7 +6,7 @@
  * `hobbit_model_stream` (a FILE* that skips expert data) with the expert tensors overridden to
  * a `hobbit_buffer_type_new`, and every context on that model computes its experts here.
  *
- * Threads: one computation at a time per model (contexts are serialised a layer at a time); stats and
+ * Threads: one computation at a time per model (contexts are serialised a layer at a time); stats, usage, settle and
  * take_error may be called from any thread. Close a model after every llama_context and llama_model on it.
  */
 #ifndef HOBBIT_H
@@ -200,8 +200,19 @@ int32_t hobbit_model_set_policy(struct hobbit_model *model, const struct hobbit_
                                 size_t err_len);
 /* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. */
 void hobbit_model_new_sequence(struct hobbit_model *model);
-/* Drop every cached copy that is not kept. */
+/* Drop every cached copy that is not kept, and read no more in advance. */
 void hobbit_model_forget(struct hobbit_model *model);
+/* How often each expert was looked up since the model was opened: [n_experts], of all groups in order. */
+void hobbit_model_usage(struct hobbit_model *model, uint64_t *counts);
+/* Read the high copies of these experts, (groups[i], experts[i]), in this order and in the background, as far as there
+ * is room without evicting any copy; a later list replaces what is left of an earlier one. The first few are asked for
+ * now, and more whenever a layer is computed or hobbit_model_settle is called. HOBBIT_ARG: one does not exist, or the
+ * model has no cache yet. A read that fails is not reported: if the expert is needed, it fails again. */
+int32_t hobbit_model_warm(struct hobbit_model *model, const int32_t *groups, const int32_t *experts, int32_t n,
+                          char *err, size_t err_len);
+/* Take in what was read in the background, and go on with it; from any thread. Returns how many are still to come: no
+ * more calls are needed at 0. */
+int32_t hobbit_model_settle(struct hobbit_model *model);
 /* Count scores above 0 into [n_groups][HOBBIT_SCORE_BINS] from now on; the last bin holds 1. NULL ends it. */
 void hobbit_model_observe(struct hobbit_model *model, int64_t *histogram);
 /* Sum the squared inputs of expert matrices from now on, and count the rows: sums[m] is [n_expert][ne0] and counts[m]

@@ -91,6 +91,7 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
             add_pieces(m, &load->job, hb_key_in(key, HOBBIT_LOW), load->low_data);
         }
     }
+    *(background ? &m->in_background : &m->in_foreground) += 1;
     hb_reader_submit(m->reader, &load->job);
     return true;
 }
@@ -101,6 +102,7 @@ void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
 
 int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, int32_t n_pairs) {
     int32_t slot = hb_cache_find(m->cache, key, n_pairs);
+    m->used[hb_model_number(m, key)]++;
     if (slot >= 0) {
         hb_cache_pin(m->cache, key, true);
         atomic_fetch_add(&m->counters.hits, 1);
@@ -113,7 +115,7 @@ int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, int32_t n_pa
     return slot;
 }
 
-enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t *slot) {
+static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_t *slot) {
     int32_t ready = hb_cache_peek(m->cache, key);
     if (ready >= 0) {
         hb_cache_pin(m->cache, key, true);
@@ -128,18 +130,20 @@ enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t 
     if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
         load->background = false; /* wait for it after all */
         m->in_background--;
+        m->in_foreground++;
         return HB_FETCH_STARTED;
     }
     return HB_FETCH_WAIT; /* a low copy that is being read with its high one */
 }
 
-static void count_arrival(struct hobbit_model *m, struct hb_key key) {
+static void count_arrival(struct hobbit_model *m, struct hb_key key, bool background) {
     if (key.precision == HOBBIT_LOW) {
         uint64_t bytes = m->catalog.groups[key.group].copies[HOBBIT_LOW].expert_bytes;
         atomic_fetch_add(&m->counters.read_low_bytes, bytes);
         return;
     }
-    if (!m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, hb_key_in(key, HOBBIT_LOW)) >= 0) {
+    /* Not the low one of a copy that nobody asked for: it may be in use. */
+    if (!background && !m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, hb_key_in(key, HOBBIT_LOW)) >= 0) {
         hb_cache_drop(m->cache, hb_key_in(key, HOBBIT_LOW)); /* promoted: see hb_model_choose */
     }
 }
@@ -164,7 +168,7 @@ static bool take_in(struct hobbit_model *m, const struct hb_load *load) {
     }
     if (job->error == 0) {
         hb_cache_loaded(m->cache, load->key);
-        count_arrival(m, load->key);
+        count_arrival(m, load->key, load->background);
     } else {
         /* Nobody waits for a background read: if it matters, the same read fails in the foreground. */
         if (job->error != ECANCELED && !load->background) {
@@ -172,11 +176,9 @@ static bool take_in(struct hobbit_model *m, const struct hb_load *load) {
         }
         hb_cache_drop(m->cache, load->key);
     }
-    if (load->background) {
-        m->in_background--;
-        if (job->error == 0) {
-            hb_cache_pin(m->cache, load->key, false);
-        }
+    *(load->background ? &m->in_background : &m->in_foreground) -= 1;
+    if (load->background && job->error == 0) {
+        hb_cache_pin(m->cache, load->key, false);
     }
     atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
     return job->error == 0;
@@ -186,7 +188,6 @@ void hb_model_settle(struct hobbit_model *m) {
     for (; m->n_wanted > 0; m->n_wanted--) {
         struct hb_key key = m->wanted[m->n_wanted - 1];
         if (hb_cache_slot(m->cache, key) < 0 && hb_model_start_read(m, key, true)) {
-            m->in_background++;
             atomic_fetch_add(&m->counters.promotions, 1);
         }
     }
@@ -195,6 +196,21 @@ void hb_model_settle(struct hobbit_model *m) {
         if (job == NULL) {
             break;
         }
+        (void) take_in(m, job->owner);
+    }
+    hb_model_warm_on(m);
+}
+
+enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t *slot) {
+    for (;;) {
+        enum hb_fetch fetched = try_fetch(m, key, slot);
+        if (fetched != HB_FETCH_WAIT || m->in_foreground > 0 || m->in_background == 0) {
+            return fetched;
+        }
+        /* What is in the way may be reads that nobody waits for. */
+        uint64_t start = hb_now_ns();
+        struct hb_job *job = hb_reader_next(m->reader, true);
+        atomic_fetch_add(&m->counters.stall_ns, hb_now_ns() - start);
         (void) take_in(m, job->owner);
     }
 }

@@ -48,6 +48,10 @@ int32_t hobbit_model_open(const struct hobbit_options *o, struct hobbit_model **
     pthread_mutex_init(&m->error_lock, NULL);
     enum hobbit_status status = hb_catalog_open(&m->catalog, o, err, err_len);
     if (status == HOBBIT_OK) {
+        m->used = calloc((size_t) m->catalog.n_experts, sizeof *m->used);
+        status = m->used != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
+    }
+    if (status == HOBBIT_OK) {
         status = copy_extents(m, o);
         if (status == HOBBIT_FORMAT) {
             snprintf(err, err_len, "the extents of the virtual file do not follow one another");
@@ -143,6 +147,7 @@ static void release_arena(struct hobbit_model *m) {
  * to. Where they share, a slot's memory must come and go by itself, and huge pages would keep it. */
 static bool new_pool(struct hb_pool *pool, const struct hobbit_pool *size) {
     bool shared = size->n_slots[HOBBIT_LOW] > 0;
+    pool->bytes = size->bytes;
     for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
         pool->space_bytes += size->slot_bytes[p] * (uint64_t) size->n_slots[p];
     }
@@ -230,6 +235,7 @@ void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
         hb_cache_forget(m->cache);
+        m->next_warm = m->n_warm;
         for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
             m->in_vain[i] = 0;
         }
@@ -263,6 +269,8 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->in_vain);
     (void) hb_schedule_close(m->schedule);
     free(m->asked_at);
+    free(m->used);
+    free(m->warm);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);
     pthread_mutex_destroy(&m->lock);

@@ -32,6 +32,7 @@ struct hb_bank {
 struct hb_pool {
     void *space;
     size_t space_bytes;
+    uint64_t bytes; /* that both banks share */
     struct hb_bank banks[HOBBIT_PRECISIONS];
 };
 
@@ -56,7 +57,10 @@ struct hobbit_model {
     bool low_kept;
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;
-    int32_t in_background;
+    uint64_t *used; /* one an expert: look-ups */
+    struct hb_key *warm; /* high copies to read before they are asked for; those before `next_warm` are dealt with */
+    int32_t n_warm, next_warm;
+    int32_t in_foreground, in_background; /* reads under way that are waited for, and that are not */
     struct hb_key wanted[HB_MAX_BACKGROUND]; /* high copies to read in the background */
     int32_t n_wanted;
     pthread_mutex_t lock;       /* see model.h */
@@ -68,6 +72,8 @@ struct hobbit_model {
 
 /* Start reading a copy that has no slot yet; false when too much is pinned or under way. */
 bool hb_model_start_read(struct hobbit_model *model, struct hb_key key, bool background);
+/* Start those of the warm list that there is room for, a few at a time. */
+void hb_model_warm_on(struct hobbit_model *model);
 /* Keep a sentence about a failed read; `error` as in struct hb_job. */
 void hb_model_read_failed(struct hobbit_model *model, int error, int32_t file, uint64_t offset);
 

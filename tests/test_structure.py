@@ -142,6 +142,7 @@ INCLUDES: dict[str, set[str]] = {
     "model_impl.h": {"model.h", "schedule.h"},
     "choice.c": {"model_impl.h"},
     "loads.c": {"model_impl.h", "nested.h"},
+    "usage.c": {"model_impl.h"},
     "model.h": {"cache.h", "catalog.h", "hobbit.h", "reader.h"},
     # Graphs.
     "moe.c": {

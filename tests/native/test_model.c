@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -199,6 +200,18 @@ static bool fetch(struct hobbit_model *m, struct hb_key key) {
     return fetched == HB_FETCH_STARTED;
 }
 
+/* Take in an arrival of one of these copies; whether its read failed. */
+static bool take_arrival(struct hobbit_model *m, const struct hb_key *keys, int32_t n, int32_t *slots) {
+    struct hb_arrival a = hb_model_arrival(m, true);
+    int32_t i = 0;
+    while (i < n && memcmp(&keys[i], &a.key, sizeof a.key) != 0) {
+        i++;
+    }
+    CHECK(i < n && slots[i] < 0);
+    slots[i] = a.failed ? -1 : a.slot;
+    return a.failed;
+}
+
 /* One computation's use of these copies: look up, fetch, collect, release. Returns how many reads failed. */
 static int use_copies(struct hobbit_model *m, const struct hb_key *keys, int32_t n) {
     int loading = 0, failed = 0;
@@ -206,20 +219,17 @@ static int use_copies(struct hobbit_model *m, const struct hb_key *keys, int32_t
     hb_model_lock(m);
     for (int32_t i = 0; i < n; i++) {
         slots[i] = hb_model_look_up(m, keys[i]);
-        if (slots[i] < 0) {
-            CHECK(fetch(m, keys[i]));
-            loading++;
+        if (slots[i] >= 0) {
+            continue;
         }
+        for (; !fetch(m, keys[i]); loading--) {
+            CHECK(loading > 0); /* else nothing of ours is in the way */
+            failed += take_arrival(m, keys, n, slots);
+        }
+        loading++;
     }
     for (; loading > 0; loading--) {
-        struct hb_arrival a = hb_model_arrival(m, true);
-        int32_t i = 0;
-        while (i < n && memcmp(&keys[i], &a.key, sizeof a.key) != 0) {
-            i++;
-        }
-        CHECK(i < n && slots[i] < 0);
-        slots[i] = a.failed ? -1 : a.slot;
-        failed += a.failed;
+        failed += take_arrival(m, keys, n, slots);
     }
     CHECK_EQUAL(hb_model_arrival(m, true).key.expert, -1);
     for (int32_t i = 0; i < n; i++) {
@@ -760,6 +770,160 @@ static void memory_goes_with_the_copies(void) {
     hobbit_model_close(m);
 }
 
+/* --- read before it is asked for --- */
+
+static int32_t warm(struct hobbit_model *m, int32_t group, const int32_t *experts, int32_t n) {
+    int32_t of_group[EXPERTS];
+    for (int32_t i = 0; i < n; i++) {
+        of_group[i] = group;
+    }
+    return hobbit_model_warm(m, of_group, experts, n, err, sizeof err);
+}
+
+static void settled(struct hobbit_model *m) {
+    while (hobbit_model_settle(m) > 0) {
+        usleep(500);
+    }
+}
+
+static void uses_are_counted(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 2);
+    uint64_t counts[2 * EXPERTS];
+    CHECK_EQUAL(use(m, 0, 1, 2), 0);
+    CHECK_EQUAL(use(m, 1, 5, 1), 0);
+    CHECK_EQUAL(use(m, 0, 2, 2), 0);
+    CHECK_EQUAL(warm(m, 1, (int32_t[]) {4}, 1), HOBBIT_OK);
+    settled(m); /* is no use */
+    hobbit_model_usage(m, counts);
+    for (int i = 0; i < 2 * EXPERTS; i++) {
+        CHECK_EQUAL(counts[i], i == 2 ? 2 : i == 1 || i == 3 || i == EXPERTS + 5);
+    }
+    hobbit_model_close(m);
+}
+
+static void what_there_is_room_for_is_read_in_order(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 3);
+    CHECK_EQUAL(hobbit_model_settle(m), 0);
+    CHECK_EQUAL(use(m, 0, 2, 1), 0);
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {5, 2, 0, 1, 3}, 5), HOBBIT_OK);
+    settled(m);
+    struct hobbit_stats stats = stats_of(m);
+    CHECK(stats.n_cached == 3 && stats.evictions == 0 && stats.read_bytes == 3 * HIGH_BYTES);
+    CHECK(is_cached(m, high(0, 5)) && is_cached(m, high(0, 2)) && is_cached(m, high(0, 0)));
+    CHECK_EQUAL(use(m, 0, 5, 1), 0); /* looks at the bytes */
+    CHECK_EQUAL(use(m, 0, 0, 1), 0);
+    CHECK_EQUAL(stats_of(m).read_bytes, 3 * HIGH_BYTES);
+    CHECK_EQUAL(use(m, 0, 3, 3), 0); /* and all of it may be evicted */
+    hobbit_model_close(m);
+}
+
+static void a_list_of_experts_is_checked(void) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {0}, 1), HOBBIT_ARG); /* no cache yet */
+    CHECK_EQUAL(hobbit_model_settle(m), 0);
+    hobbit_model_close(m);
+    m = ready_model(HOBBIT_IO_AUTO, 2);
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {0, EXPERTS}, 2), HOBBIT_ARG);
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {-1}, 1), HOBBIT_ARG);
+    CHECK_EQUAL(warm(m, 2, (int32_t[]) {0}, 1), HOBBIT_ARG);
+    CHECK_EQUAL(warm(m, -1, (int32_t[]) {0}, 1), HOBBIT_ARG);
+    usleep(1000); /* its threads have their buffers */
+    atomic_store(&faults_allocation, 1);
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {0}, 1), HOBBIT_NOMEM);
+    atomic_store(&faults_allocation, 0);
+    CHECK_EQUAL(warm(m, 0, NULL, 0), HOBBIT_OK);
+    CHECK_EQUAL(hobbit_model_settle(m), 0);
+    hobbit_model_close(m);
+}
+
+static void a_copy_asked_for_while_it_is_read_is_waited_for(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, EXPERTS);
+    faults_pread = slow;
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {3, 4}, 2), HOBBIT_OK);
+    CHECK_EQUAL(use(m, 0, 4, 1), 0);
+    CHECK_EQUAL(use(m, 0, 3, 1), 0);
+    faults_pread = NULL;
+    CHECK(hobbit_model_settle(m) == 0 && stats_of(m).read_bytes == 2 * HIGH_BYTES);
+    hobbit_model_close(m);
+}
+
+static void reads_nobody_waits_for_do_not_stand_in_the_way(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 2);
+    faults_pread = slow;
+    for (int i = 0; i < 3; i++) {
+        hobbit_model_forget(m);
+        CHECK_EQUAL(warm(m, 0, (int32_t[]) {0, 1}, 2), HOBBIT_OK); /* all slots are being read into */
+        CHECK_EQUAL(use(m, 0, 2 + i, 2), 0);
+    }
+    faults_pread = NULL;
+    settled(m);
+    CHECK(is_cached(m, high(0, 4)) && is_cached(m, high(0, 5)));
+    hobbit_model_close(m);
+}
+
+static void a_low_copy_in_use_stays(void) {
+    struct hobbit_model *m = mixed_model(EXPERTS * 100000);
+    CHECK_EQUAL(set_rule(m, 0.5f, 1, false), HOBBIT_OK);
+    CHECK_EQUAL(use_copy(m, low(1)), 0);
+    hb_model_lock(m);
+    int32_t slot = hb_model_look_up(m, low(1));
+    hb_model_unlock(m);
+    CHECK_EQUAL(warm(m, 0, (int32_t[]) {1}, 1), HOBBIT_OK);
+    settled(m);
+    CHECK(is_cached(m, high(0, 1)) && is_cached(m, low(1)) && slot_holds(m, low(1), slot));
+    hb_model_lock(m);
+    hb_model_release(m, low(1));
+    hb_model_unlock(m);
+    hobbit_model_close(m);
+}
+
+static void reading_ahead_ends_when_it_fails_or_is_forgotten_or_closed(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_BUFFERED, EXPERTS);
+    const int32_t all[] = {0, 1, 2, 3, 4, 5};
+    faults_pread = fail;
+    CHECK_EQUAL(warm(m, 0, all, EXPERTS), HOBBIT_OK);
+    settled(m);
+    faults_pread = NULL;
+    hobbit_model_take_error(m, err, sizeof err);
+    CHECK(stats_of(m).n_cached == 0 && err[0] == '\0');
+    CHECK_EQUAL(use(m, 0, 0, 2), 0);
+    faults_pread = slow;
+    CHECK_EQUAL(warm(m, 1, all, EXPERTS), HOBBIT_OK);
+    hobbit_model_forget(m);
+    CHECK_EQUAL(warm(m, 0, all, EXPERTS), HOBBIT_OK);
+    hobbit_model_close(m);
+    faults_pread = NULL;
+}
+
+static void *keep_settling(void *model) {
+    uint64_t counts[2 * EXPERTS];
+    while (hobbit_model_settle(model) > 0) {
+        hobbit_model_usage(model, counts);
+        (void) stats_of(model);
+        usleep(100);
+    }
+    return NULL;
+}
+
+static void computations_go_on_meanwhile(void) {
+    const int32_t all[] = {5, 4, 3, 2, 1, 0};
+    for (int32_t slots = 3; slots <= EXPERTS; slots++) {
+        struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, slots);
+        uint64_t seed = (uint64_t) slots;
+        for (int round = 0; round < 5; round++) {
+            pthread_t thread;
+            hobbit_model_forget(m);
+            CHECK_EQUAL(warm(m, round % 2, all, EXPERTS), HOBBIT_OK);
+            CHECK_EQUAL(pthread_create(&thread, NULL, keep_settling, m), 0);
+            for (int i = 0; i < 20; i++) {
+                CHECK_EQUAL(use(m, (int32_t) check_random(&seed, 2), (int32_t) check_random(&seed, EXPERTS), 3), 0);
+            }
+            pthread_join(thread, NULL);
+        }
+        hobbit_model_close(m);
+    }
+}
+
 int main(void) {
     for (int i = 0; i < 2; i++) {
         files[i] = (struct hobbit_file) {file_make(FILE_SIZE), FILE_SIZE};
@@ -792,5 +956,13 @@ int main(void) {
     RUN(rules_replace_one_another);
     RUN(forgetting_drops_what_is_not_in_use);
     RUN(memory_goes_with_the_copies);
+    RUN(uses_are_counted);
+    RUN(what_there_is_room_for_is_read_in_order);
+    RUN(a_list_of_experts_is_checked);
+    RUN(a_copy_asked_for_while_it_is_read_is_waited_for);
+    RUN(reads_nobody_waits_for_do_not_stand_in_the_way);
+    RUN(a_low_copy_in_use_stays);
+    RUN(reading_ahead_ends_when_it_fails_or_is_forgotten_or_closed);
+    RUN(computations_go_on_meanwhile);
     return 0;
 }
