@@ -143,6 +143,7 @@ static void release_arena(struct hobbit_model *m) {
  * to. Where they share, a slot's memory must come and go by itself, and huge pages would keep it. */
 static bool new_pool(struct hb_pool *pool, const struct hobbit_pool *size) {
     bool shared = size->n_slots[HOBBIT_LOW] > 0;
+    pool->bytes = size->bytes;
     for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
         pool->space_bytes += size->slot_bytes[p] * (uint64_t) size->n_slots[p];
     }
@@ -199,6 +200,9 @@ void hobbit_model_forget(struct hobbit_model *m) {
             m->in_vain[i] = 0;
         }
         atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
+        if (m->trace != NULL) {
+            (void) hb_trace_forget(m->trace); /* the next event reports the error */
+        }
     }
     hb_model_unlock(m);
 }
@@ -227,6 +231,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->ranges);
     free(m->in_vain);
     (void) hb_schedule_close(m->schedule);
+    (void) hb_trace_close(m->trace);
     free(m->asked_at);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);
