@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,6 +226,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                     f"{path}: was recorded with {name} {recorded.get(name)}, this run has {value}"
                 )
         with self._moe().schedule(str(path)):
+            yield
+
+    @contextmanager
+    def traced(self, path: Path, *, probs: bool = False) -> Iterator[None]:
+        """While it lasts, write to `path` which experts the router chooses: see docs/trace.md.
+
+        With `probs` also its softmax over all experts, where it has one. `forget` before, if the
+        trace shall tell all that decides what is cached. Raises HobbitError without streaming
+        experts, ReadError when the file cannot be written.
+        """
+        moe, gguf = self._moe(), self.layout.gguf
+        note = self._identity() | {
+            "name": str(gguf.get("general.name", gguf.parts[0].path.name)),
+            "architecture": gguf.arch,
+            "n_expert_used": self.layout.n_expert_used,
+            "rule": asdict(self.rule),
+            "low_is_resident": self.plan.low_is_resident,
+            "cached": moe.counters().n_cached,
+        }
+        with moe.trace(str(path), json.dumps(note), probs):
             yield
 
     def _identity(self) -> dict[str, Any]:

@@ -286,6 +286,19 @@ class StreamedModel:
             check(lib.hobbit_model_schedule_end(self._handle, error, len(error)), error)
 
     @contextmanager
+    def trace(self, path: str, note: str, probs: bool) -> Iterator[None]:
+        """Record which experts the router chooses, with a note, and perhaps its probabilities."""
+        error, flags = error_buffer(), lib.HOBBIT_TRACE_PROBS if probs else 0
+        status = lib.hobbit_model_trace(
+            self._handle, path.encode(), note.encode(), flags, error, len(error)
+        )
+        check(status, error)
+        try:
+            yield
+        finally:
+            check(lib.hobbit_model_trace_end(self._handle, error, len(error)), error)
+
+    @contextmanager
     def observe(self) -> Iterator[npt.NDArray[np.int64]]:
         """Count the scores of pairs, those above 0, into bins: [n_groups, bins over 0..1]."""
         counts = np.zeros((len(self.layout.groups), lib.HOBBIT_SCORE_BINS), dtype=np.int64)

@@ -48,6 +48,10 @@ enum hobbit_precision {
 
 enum { HOBBIT_SCORE_BINS = 1000 };
 
+enum hobbit_trace_flags {
+    HOBBIT_TRACE_PROBS = 1, /* the router's softmax over all experts too, where it is a softmax of a linear layer */
+};
+
 enum hobbit_source {
     HOBBIT_SOURCE_FILE   = 0,
     HOBBIT_SOURCE_MEMORY = 1,
@@ -191,6 +195,11 @@ int32_t hobbit_model_set_rule(struct hobbit_model *model, const struct hobbit_ru
 int32_t hobbit_model_record(struct hobbit_model *model, const char *path, const char *note, char *err, size_t err_len);
 int32_t hobbit_model_replay(struct hobbit_model *model, const char *path, char *err, size_t err_len);
 int32_t hobbit_model_schedule_end(struct hobbit_model *model, char *err, size_t err_len); /* nothing open is fine */
+/* Write to a file which experts the router chooses from now on: the format is in docs/trace.md. `note` is the caller's,
+ * at the head of the file. For a model with a cache; one at a time, which ends the one before. */
+int32_t hobbit_model_trace(struct hobbit_model *model, const char *path, const char *note, uint32_t flags, char *err,
+                           size_t err_len);
+int32_t hobbit_model_trace_end(struct hobbit_model *model, char *err, size_t err_len); /* nothing open is fine */
 /* Read every low copy and keep it from now on. Then no computation under a rule that is not deterministic waits for a
  * read: where the high copy is missing the low one answers, and the high one is read in the background if it is asked
  * for again before as many others were as there is room for. */

@@ -240,6 +240,9 @@ void hobbit_model_forget(struct hobbit_model *m) {
             m->in_vain[i] = 0;
         }
         atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
+        if (m->trace != NULL) {
+            (void) hb_trace_forget(m->trace); /* the next event reports the error */
+        }
     }
     hb_model_unlock(m);
 }
@@ -268,6 +271,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->ranges);
     free(m->in_vain);
     (void) hb_schedule_close(m->schedule);
+    (void) hb_trace_close(m->trace);
     free(m->asked_at);
     free(m->used);
     free(m->warm);

@@ -15,6 +15,7 @@
 #include "catalog.h"
 #include "hobbit.h"
 #include "reader.h"
+#include "trace.h"
 
 struct hb_counters {
     atomic_uint_fast64_t hits, misses, evictions, cached, stall_ns, compute_ns, splits, dense_bytes;
@@ -83,6 +84,7 @@ int32_t hb_model_choose(struct hobbit_model *model, int32_t group, int32_t exper
 bool hb_model_schedule(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
                        int32_t *precisions);
 bool hb_model_has_schedule(const struct hobbit_model *model);
+struct hb_trace *hb_model_trace(const struct hobbit_model *model); /* what routing is written to, or NULL */
 bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is cached */
 /* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);

@@ -6,6 +6,7 @@
 
 #include "model.h"
 #include "schedule.h"
+#include "trace.h"
 
 #define HB_DEFAULT_IO_THREADS 4
 #define HB_ERROR_BYTES 512
@@ -54,6 +55,7 @@ struct hobbit_model {
     uint16_t *in_vain; /* one an expert: how often its high copy was needed since it was read last */
     struct hb_gathered gathered;
     struct hb_schedule *schedule; /* recorded or replayed, or NULL */
+    struct hb_trace *trace;       /* or NULL */
     bool low_kept;
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;

@@ -11,6 +11,7 @@
 #include "segment.h"
 #include "shape.h"
 #include "substitute.h"
+#include "tracing.h"
 
 /* Above this, ggml's table of stack depth x pairs costs more than gathering does. */
 #define IN_PLACE_TABLE_ENTRIES ((int64_t) 4 << 20)
@@ -299,6 +300,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     }
     if (!hb_routing_read(&moe->routing, s->ids, n_expert)) {
         hb_model_fail(s->model, "the router chose an expert that does not exist, or memory is short");
+        return GGML_STATUS_FAILED;
+    }
+    if (!hb_tracing_write(&moe->scores, s)) {
         return GGML_STATUS_FAILED;
     }
     if (!hb_replicas_begin(&moe->replicas, s, &moe->routing)) {

@@ -1,68 +1,10 @@
 #include "substitute.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "model.h"
+#include "router.h"
 #include "shape.h"
-
-#define SEARCH_DEPTH 12
-#define PROBS "ffn_moe_probs"
-
-/* The softmax over all experts that the gate weights are taken from, by way of first operands. */
-static const struct ggml_tensor *find_probs(const struct ggml_tensor *weights) {
-    for (int i = 0; weights != NULL && i < SEARCH_DEPTH; i++) {
-        if (weights->op == GGML_OP_SOFT_MAX && strncmp(weights->name, PROBS, sizeof PROBS - 1) == 0) {
-            return weights;
-        }
-        weights = weights->src[0];
-    }
-    return NULL;
-}
-
-struct router {
-    const struct ggml_tensor *matrix; /* F32 [n_embd, n_expert] */
-    const struct ggml_tensor *input;  /* F32 [n_embd, n_tokens]: the experts' too, so that it is still there */
-};
-
-static bool find_router(const struct hb_segment *s, struct router *router) {
-    const struct ggml_tensor *probs = find_probs(s->weights);
-    const struct ggml_tensor *logits = probs != NULL ? probs->src[0] : NULL;
-    if (logits == NULL || logits->op != GGML_OP_MUL_MAT ||
-        logits->src[0]->type != GGML_TYPE_F32 || logits->src[1]->type != GGML_TYPE_F32) {
-        return false;
-    }
-    *router = (struct router) {logits->src[0], logits->src[1]};
-    return true;
-}
-
-static const float *row(const struct ggml_tensor *t, int64_t i) {
-    return (const float *) ((const char *) t->data + (size_t) i * t->nb[1]);
-}
-
-/* Writes z and the softmax of it; returns max z - min z. */
-static float route(const struct router *router, int64_t token, float *z, float *p) {
-    int64_t n_embd = router->matrix->ne[0], n_expert = router->matrix->ne[1];
-    const float *x = row(router->input, token);
-    float most = -INFINITY, least = INFINITY;
-    for (int64_t e = 0; e < n_expert; e++) {
-        const float *w = row(router->matrix, e);
-        z[e] = 0;
-        for (int64_t i = 0; i < n_embd; i++) {
-            z[e] += w[i] * x[i];
-        }
-        most = z[e] > most ? z[e] : most;
-        least = z[e] < least ? z[e] : least;
-    }
-    float sum = 0;
-    for (int64_t e = 0; e < n_expert; e++) {
-        sum += p[e] = expf(z[e] - most);
-    }
-    for (int64_t e = 0; e < n_expert; e++) {
-        p[e] /= sum;
-    }
-    return most - least;
-}
 
 static int32_t best(const float *z, int64_t n) {
     int32_t at = 0;
@@ -92,12 +34,12 @@ static void replace(const struct hb_segment *s, int64_t token, const float *p, c
 }
 
 bool hb_substitute(struct hb_block *memory, const struct hb_segment *s) {
-    struct router router;
+    struct hb_router router;
     float lambda = hb_model_rule(s->model)->substitute;
     if (lambda <= 0) {
         return true;
     }
-    if (!find_router(s, &router) || s->ids->ne[0] > 512) {
+    if (!hb_router_find(s, &router) || s->ids->ne[0] > 512) {
         hb_model_fail(s->model, "cache-aware substitution needs a router that is a softmax of a linear layer");
         return false;
     }
@@ -110,7 +52,9 @@ bool hb_substitute(struct hb_block *memory, const struct hb_segment *s) {
     float *p = hb_block_take(memory, n_expert * sizeof(float));
     int32_t *chosen = hb_block_take(memory, n_expert * sizeof(int32_t));
     for (int64_t token = 0; token < s->ids->ne[1]; token++) {
-        float bonus = lambda * hb_model_mean_range(s->model, s->group, route(&router, token, z, p));
+        hb_router_logits(router.matrix, hb_router_input(&router, token), z);
+        float range = hb_router_softmax(z, (int64_t) n_expert, p);
+        float bonus = lambda * hb_model_mean_range(s->model, s->group, range);
         chosen[0] = best(z, (int64_t) n_expert);
         for (size_t e = 0; e < n_expert; e++) {
             z[e] += hb_model_has(s->model, (struct hb_key) {s->group, (int32_t) e, HOBBIT_HIGH}) ? bonus : 0;
