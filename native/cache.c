@@ -178,7 +178,7 @@ static void rank(struct hb_cache *c, struct pool *pool, struct bank *bank, int32
         const struct hb_usage *usage = &g->usage[slot->key.expert];
         slot->class = hb_policy_class(&c->policy, usage, slot->key.group, g->passes);
         bank->nodes[index].tie = slot->stamp;
-        bank->nodes[index].key = hb_policy_key(&c->policy, usage, slot->key.precision);
+        bank->nodes[index].key = hb_policy_key(&c->policy, usage);
         hb_heap_insert(bank->nodes, &bank->heaps[slot->class], index);
         pool->evictable += bank->slot_bytes;
     }
@@ -282,7 +282,7 @@ void hb_cache_reset(struct hb_cache *c) {
     }
     for (int32_t i = 0; i < c->n_groups; i++) {
         for (int32_t e = 0; e < c->groups[i].n_experts; e++) {
-            c->groups[i].usage[e] = (struct hb_usage) {.last_use = {0}};
+            c->groups[i].usage[e] = (struct hb_usage) {.last_token = 0};
         }
     }
     c->now.token = 0;
@@ -302,7 +302,8 @@ int32_t hb_cache_peek(const struct hb_cache *c, struct hb_key key) {
 
 int32_t hb_cache_find(struct hb_cache *c, struct hb_key key, int32_t n_pairs) {
     struct group *g = &c->groups[key.group];
-    hb_policy_use(&c->policy, &g->usage[key.expert], key.precision, n_pairs, ++c->uses, g->passes, &c->now);
+    hb_policy_use(&c->policy, &g->usage[key.expert], key.precision, n_pairs, g->passes, &c->now);
+    c->uses++;
     if (hb_cache_slot(c, key) != NONE) {
         slot_of(c, key)->stamp = c->uses;
     }

@@ -143,6 +143,20 @@ struct hobbit_policy {
     float low_cost;                   /* LCU: bytes of a low copy over those of a high one */
 };
 
+/* Which experts the next layers will use. */
+enum hobbit_predict {
+    HOBBIT_PREDICT_NONE = 0,
+    HOBBIT_PREDICT_GATE = 1, /* the next layers' routers on this layer's input (HOBBIT, section 3.3) */
+    HOBBIT_PREDICT_MAP  = 2, /* what earlier tokens with a similar routing used (fMoE) */
+    HOBBIT_PREDICT_AUTO = 3, /* whichever is fastest */
+};
+
+struct hobbit_prediction {
+    int32_t kind;   /* enum hobbit_predict */
+    int32_t depth;  /* layers to look ahead at most */
+    int32_t always; /* else it is left out in tokens for which that was found to be faster */
+};
+
 struct hobbit_stats {
     uint64_t hits, misses, evictions; /* expert look-ups: one per distinct copy, layer and ubatch */
     uint64_t read_bytes;              /* bytes of expert data delivered, alignment padding excluded */
@@ -152,6 +166,7 @@ struct hobbit_stats {
     uint64_t scored, unscored;                    /* pairs with a score, and those whose gate weights are not seen */
     uint64_t promotions;                          /* high copies read although a low one was cached */
     uint64_t stand_ins;                           /* experts that needed high and got a low copy that is kept */
+    int32_t predictor;        /* enum hobbit_predict: in force now */
     uint64_t ahead, ahead_used; /* copies that prediction asked for, and those of them that were used in time */
     uint64_t ahead_bytes, ahead_wasted_bytes; /* read for predictions, and of that for copies never used */
     uint64_t stall_ns;   /* the computation waited for reads */
@@ -207,6 +222,9 @@ int32_t hobbit_model_keep_low(struct hobbit_model *model, char *err, size_t err_
 /* Evict by this policy from now on; a model starts with LRU. HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_set_policy(struct hobbit_model *model, const struct hobbit_policy *policy, char *err,
                                 size_t err_len);
+/* HOBBIT_ARG: a number makes no sense. */
+int32_t hobbit_model_set_prediction(struct hobbit_model *model, const struct hobbit_prediction *prediction, char *err,
+                                    size_t err_len);
 /* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. */
 void hobbit_model_new_sequence(struct hobbit_model *model);
 /* Drop every cached copy that is not kept, and read no more in advance. */

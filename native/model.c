@@ -49,7 +49,8 @@ int32_t hobbit_model_open(const struct hobbit_options *o, struct hobbit_model **
     enum hobbit_status status = hb_catalog_open(&m->catalog, o, err, err_len);
     if (status == HOBBIT_OK) {
         m->used = calloc((size_t) m->catalog.n_experts, sizeof *m->used);
-        status = m->used != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
+        m->routers = calloc((size_t) m->catalog.n_groups, sizeof *m->routers);
+        status = m->used != NULL && m->routers != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
     }
     if (status == HOBBIT_OK) {
         status = copy_extents(m, o);
@@ -234,6 +235,7 @@ void hobbit_model_new_sequence(struct hobbit_model *m) {
 void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
+        hb_model_give_up(m, -1);
         hb_cache_forget(m->cache);
         m->next_warm = m->n_warm;
         for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
@@ -274,6 +276,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     (void) hb_trace_close(m->trace);
     free(m->asked_at);
     free(m->used);
+    free(m->routers);
     free(m->warm);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);
@@ -298,6 +301,7 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .hits = atomic_load(&c->hits),
         .misses = atomic_load(&c->misses),
         .evictions = atomic_load(&c->evictions),
+        .predictor = hb_model_predictor(m, &(int32_t) {0}),
         .ahead = atomic_load(&c->ahead),
         .ahead_used = atomic_load(&c->ahead_used),
         .ahead_bytes = atomic_load(&c->ahead_bytes),

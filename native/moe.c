@@ -6,6 +6,7 @@
 #include "ggml-impl.h"
 #include "model.h"
 #include "precision.h"
+#include "predict.h"
 #include "replica.h"
 #include "routing.h"
 #include "segment.h"
@@ -28,6 +29,7 @@ struct hb_moe {
     struct hb_replicas replicas;
     struct hb_block batch;  /* pointers to the experts of one batch */
     struct hb_block scores;
+    struct hb_block forecast;
 };
 
 struct hb_moe *hb_moe_new(void) {
@@ -63,6 +65,7 @@ void hb_moe_free(struct hb_moe *moe) {
         hb_block_free(&moe->routing.memory);
         hb_block_free(&moe->batch);
         hb_block_free(&moe->scores);
+        hb_block_free(&moe->forecast);
         hb_block_free(&moe->work);
         drop_threads(moe);
         hb_replicas_free(&moe->replicas);
@@ -315,6 +318,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     }
     struct wave wave = {.moe = moe, .segment = s};
     look_up(&wave);
+    fetch(&wave);
+    hb_model_give_up(s->model, s->group);
+    hb_predict(&moe->forecast, s);
     enum ggml_status status = fits_in_place(&wave) ? compute_in_place(&wave) : compute_in_batches(&wave);
     drain(&wave);
     return status;

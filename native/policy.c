@@ -38,7 +38,7 @@ int32_t hb_policy_class(const struct hobbit_policy *p, const struct hb_usage *u,
     }
 }
 
-double hb_policy_key(const struct hobbit_policy *p, const struct hb_usage *u, int32_t precision) {
+double hb_policy_key(const struct hobbit_policy *p, const struct hb_usage *u) {
     switch (p->kind) {
     case HOBBIT_POLICY_LFU: return all_uses(u);
     case HOBBIT_POLICY_LFRU: return (double) u->last_token;
@@ -49,7 +49,7 @@ double hb_policy_key(const struct hobbit_policy *p, const struct hb_usage *u, in
     case HOBBIT_POLICY_DECAY:
         return u->heat > 0 ? log2(u->heat) + (double) u->last_token / (double) p->half_life : -INFINITY;
     case HOBBIT_POLICY_FARTHEST: return -(double) u->next_use;
-    default: return (double) u->last_use[precision];
+    default: return 0;
     }
 }
 
@@ -65,12 +65,11 @@ double hb_policy_score(const struct hobbit_policy *p, int32_t class, double key,
     }
 }
 
-void hb_policy_use(const struct hobbit_policy *p, struct hb_usage *u, int32_t precision, double pairs, uint64_t use,
-                   uint64_t pass, const struct hb_moment *now) {
+void hb_policy_use(const struct hobbit_policy *p, struct hb_usage *u, int32_t precision, double pairs, uint64_t pass,
+                   const struct hb_moment *now) {
     double age = (double) (now->token - u->last_token);
     u->heat = u->heat * exp2(-age / (double) p->half_life) + pairs;
     u->uses[precision] += pairs;
-    u->last_use[precision] = use;
     u->last_token = now->token;
     u->last_pass = pass;
 }

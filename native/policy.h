@@ -6,7 +6,7 @@
  *
  * In the formulas T is the number of tokens of this sequence so far, i the layer being computed, l the copy's layer,
  * n the number of layers, and d = (l - i + n) mod n: how many layers ahead the copy's next chance is.
- *   LRU      the time of the latest use
+ *   LRU      0: of equals, also in other policies, the one that was used or claimed longest ago goes first
  *   LFU      F, the uses in this sequence
  *   LFRU     F / (age + 1), age in tokens
  *   LCU      C/T + 1/(d + 0.1) if the expert was used in the latest pass through its layer, else C/T; C = H + L times
@@ -25,12 +25,11 @@
 
 /* Of one expert. */
 struct hb_usage {
-    uint64_t last_use[HOBBIT_PRECISIONS]; /* the cache's use counter at the latest use of each copy, or 0 */
-    uint64_t last_token;                  /* T then */
-    uint64_t last_pass;                   /* passes through the layer then; 0: never */
-    double uses[HOBBIT_PRECISIONS];       /* pairs computed, by precision */
-    double heat;                          /* DECAY's sum as of last_token */
-    uint64_t next_use;                    /* FARTHEST's */
+    uint64_t last_token;            /* T at the latest use */
+    uint64_t last_pass;             /* passes through the layer then; 0: never */
+    double uses[HOBBIT_PRECISIONS]; /* pairs computed, by precision */
+    double heat;                    /* DECAY's sum as of last_token */
+    uint64_t next_use;              /* FARTHEST's */
 };
 
 /* Of a layer being computed. */
@@ -44,13 +43,13 @@ int32_t hb_policy_classes(const struct hobbit_policy *policy, int32_t n_groups);
 /* `passes` is how often the expert's layer was computed. */
 int32_t hb_policy_class(const struct hobbit_policy *policy, const struct hb_usage *usage, int32_t group,
                         uint64_t passes);
-/* The copy's place in its class. */
-double hb_policy_key(const struct hobbit_policy *policy, const struct hb_usage *usage, int32_t precision);
+/* The place in its class. */
+double hb_policy_key(const struct hobbit_policy *policy, const struct hb_usage *usage);
 /* Of the first of a class. */
 double hb_policy_score(const struct hobbit_policy *policy, int32_t class, double key, const struct hb_moment *now);
 /* Take in that `pairs` (token, expert) pairs used the copy. */
 void hb_policy_use(const struct hobbit_policy *policy, struct hb_usage *usage, int32_t precision, double pairs,
-                   uint64_t use, uint64_t pass, const struct hb_moment *now);
+                   uint64_t pass, const struct hb_moment *now);
 /* At the start of a sequence: by how many tokens the records of the last one age. 0: they are forgotten. */
 uint64_t hb_policy_age(const struct hobbit_policy *policy);
 /* HOBBIT_POLICY_LCU's classes change when a layer is computed: whether its used experts are to be put in order again. */

@@ -1,20 +1,43 @@
 #include "router.h"
 
 #include <math.h>
-#include <string.h>
 
-#define SEARCH_DEPTH 12
-#define PROBS "ffn_moe_probs"
+#include "ggml-cpu.h"
 
-/* The softmax over all experts that the gate weights are taken from, by way of first operands. */
-static const struct ggml_tensor *find_probs(const struct ggml_tensor *weights) {
-    for (int i = 0; weights != NULL && i < SEARCH_DEPTH; i++) {
-        if (weights->op == GGML_OP_SOFT_MAX && strncmp(weights->name, PROBS, sizeof PROBS - 1) == 0) {
-            return weights;
-        }
-        weights = weights->src[0];
+/* Between the router's product and the ids there are few nodes: biases, softmax or sigmoid, top-k, views. */
+#define SEARCH_DEPTH 16
+
+static const float *vector(const struct ggml_tensor *t, int64_t n) {
+    bool good = t != NULL && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && ggml_nelements(t) == n &&
+                t->op == GGML_OP_NONE;
+    return good ? t->data : NULL;
+}
+
+static bool is_router(const struct ggml_tensor *t) {
+    return t->op == GGML_OP_MUL_MAT && t->src[0]->type == GGML_TYPE_F32 && t->src[1]->type == GGML_TYPE_F32 &&
+           ggml_is_contiguous(t->src[0]) && t->src[0]->op == GGML_OP_NONE;
+}
+
+/* One step from the ids towards the router, noting what it does to the scores. False: not understood. */
+static bool take_node(struct hb_router *router, const struct ggml_tensor *t, int64_t n_expert) {
+    bool sigmoid = t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_SIGMOID;
+    if (t->op == GGML_OP_SOFT_MAX || sigmoid) {
+        router->sigmoid |= sigmoid;
+        router->bias_of_choice = router->bias;
+        router->bias = NULL;
+        return true;
     }
-    return NULL;
+    if (t->op == GGML_OP_ADD && router->bias == NULL) {
+        router->bias = vector(t->src[1], n_expert);
+        return router->bias != NULL;
+    }
+    return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_ARGSORT || t->op == GGML_OP_TOP_K;
+}
+
+/* What the input's row was multiplied with after it was normalised, or NULL. */
+static const float *norm_of(const struct ggml_tensor *input) {
+    bool normal = input->op == GGML_OP_MUL && input->src[0]->op == GGML_OP_RMS_NORM;
+    return normal ? vector(input->src[1], input->ne[0]) : NULL;
 }
 
 static const struct ggml_tensor *root(const struct ggml_tensor *t) {
@@ -22,57 +45,59 @@ static const struct ggml_tensor *root(const struct ggml_tensor *t) {
 }
 
 /* Else its memory may hold something else by now. */
-static bool is_experts_input(const struct hb_segment *s, const struct ggml_tensor *x) {
+static bool feeds_experts(const struct hb_segment *s, const struct ggml_tensor *input) {
     for (int i = 0; i < s->n_nodes; i++) {
-        if (s->nodes[i]->op == GGML_OP_MUL_MAT_ID && root(s->nodes[i]->src[1]) == root(x)) {
+        if (s->nodes[i]->op == GGML_OP_MUL_MAT_ID && root(s->nodes[i]->src[1]) == root(input)) {
             return true;
         }
     }
     return false;
 }
 
-bool hb_router_find(const struct hb_segment *s, struct hb_router *router) {
-    const struct ggml_tensor *probs = find_probs(s->weights);
-    const struct ggml_tensor *logits = probs != NULL ? probs->src[0] : NULL;
-    if (logits == NULL || logits->op != GGML_OP_MUL_MAT ||
-        logits->src[0]->type != GGML_TYPE_F32 || logits->src[1]->type != GGML_TYPE_F32 ||
-        !is_experts_input(s, logits->src[1])) {
+bool hb_router_find(const struct hb_segment *s, struct hb_router *router, const struct ggml_tensor **input) {
+    int64_t n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert;
+    const struct ggml_tensor *t = s->ids;
+    *router = (struct hb_router) {.n_used = (int32_t) s->ids->ne[0]};
+    for (int depth = 0; t != NULL && !is_router(t); t = t->src[0]) {
+        if (++depth > SEARCH_DEPTH || !take_node(router, t, n_expert)) {
+            return false;
+        }
+    }
+    if (t == NULL || t->src[0]->ne[1] != n_expert || !ggml_is_contiguous(t->src[1]) || !feeds_experts(s, t->src[1])) {
         return false;
     }
-    *router = (struct hb_router) {logits->src[0], logits->src[1]};
+    *input = t->src[1];
+    router->matrix = t->src[0]->data;
+    router->norm = norm_of(t->src[1]);
+    router->n_embd = (int32_t) t->src[0]->ne[0];
+    router->n_expert = (int32_t) n_expert;
     return true;
 }
 
-static const float *row(const struct ggml_tensor *t, int64_t i) {
-    return (const float *) ((const char *) t->data + (size_t) i * t->nb[1]);
+const float *hb_router_row(const struct ggml_tensor *input, int64_t token) {
+    return (const float *) ((const char *) input->data + (size_t) token * input->nb[1]);
 }
 
-const float *hb_router_input(const struct hb_router *router, int64_t token) {
-    return row(router->input, token);
-}
-
-void hb_router_logits(const struct ggml_tensor *matrix, const float *x, float *z) {
-    int64_t n_embd = matrix->ne[0], n_expert = matrix->ne[1];
-    for (int64_t e = 0; e < n_expert; e++) {
-        const float *w = row(matrix, e);
-        z[e] = 0;
-        for (int64_t i = 0; i < n_embd; i++) {
-            z[e] += w[i] * x[i];
-        }
+void hb_router_logits(const struct hb_router *router, const float *x, float *z) {
+    ggml_vec_dot_t dot = ggml_get_type_traits_cpu(GGML_TYPE_F32)->vec_dot;
+    for (int32_t e = 0; e < router->n_expert; e++) {
+        dot(router->n_embd, &z[e], 0, router->matrix + (int64_t) e * router->n_embd, 0, x, 0, 1);
+        z[e] += router->bias != NULL ? router->bias[e] : 0;
     }
 }
 
-float hb_router_softmax(const float *z, int64_t n, float *p) {
-    float most = -INFINITY, least = INFINITY, sum = 0;
-    for (int64_t e = 0; e < n; e++) {
+void hb_router_probs(const struct hb_router *router, const float *z, float *p, float *choice) {
+    float most = -INFINITY, sum = 0;
+    for (int32_t e = 0; e < router->n_expert; e++) {
         most = z[e] > most ? z[e] : most;
-        least = z[e] < least ? z[e] : least;
     }
-    for (int64_t e = 0; e < n; e++) {
-        sum += p[e] = expf(z[e] - most);
+    for (int32_t e = 0; e < router->n_expert; e++) {
+        p[e] = router->sigmoid ? 1 / (1 + expf(-z[e])) : expf(z[e] - most);
+        sum += p[e];
     }
-    for (int64_t e = 0; e < n; e++) {
+    for (int32_t e = 0; e < router->n_expert; e++) {
+        float raw = router->sigmoid ? p[e] : p[e] / sum;
+        choice[e] = raw + (router->bias_of_choice != NULL ? router->bias_of_choice[e] : 0);
         p[e] /= sum;
     }
-    return most - least;
 }

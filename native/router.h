@@ -1,29 +1,22 @@
-/* The router of a layer, computed again: llama.cpp's own logits are gone when the experts are computed.
- *
- *   z = W x        p = softmax(z), over all experts
- *
- * For routers that are a softmax of a linear layer, on the input that the experts have too. The sums are not in
- * llama.cpp's order: z is equal up to rounding. */
+/* A layer's router: how it comes from the input to the experts. Found in the graph that llama.cpp built. */
 #ifndef HB_ROUTER_H
 #define HB_ROUTER_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "model.h"
 #include "segment.h"
 
-struct hb_router {
-    const struct ggml_tensor *matrix; /* W: F32 [n_embd, n_expert] */
-    const struct ggml_tensor *input;  /* x: F32 [n_embd, n_tokens], still there while the segment is not computed */
-};
-
-/* The router whose softmax the segment's gate weights are taken from; false where there is no such router. */
-bool hb_router_find(const struct hb_segment *segment, struct hb_router *router);
-/* x of a token. */
-const float *hb_router_input(const struct hb_router *router, int64_t token);
-/* z[n_expert] of any x[n_embd]. */
-void hb_router_logits(const struct ggml_tensor *matrix, const float *x, float *z);
-/* p[n] of z[n]; returns max z - min z. */
-float hb_router_softmax(const float *z, int64_t n, float *p);
+/* The router of the segment's layer, and its input, F32 [n_embd, n_tokens], which is still in memory because the experts
+ * read it too. False where it is of another kind: the layer then predicts nothing, and nobody predicts it. */
+bool hb_router_find(const struct hb_segment *segment, struct hb_router *router, const struct ggml_tensor **input);
+/* x [n_embd] of a token. */
+const float *hb_router_row(const struct ggml_tensor *input, int64_t token);
+/* z = W x + b, [n_expert], of any x [n_embd]. The sums are not in llama.cpp's order: z is equal up to rounding. */
+void hb_router_logits(const struct hb_router *router, const float *x, float *z);
+/* From z: p [n_expert], positive and of sum 1, what the gate weights of the chosen are proportional to; and `choice`
+ * [n_expert], by which the largest are chosen. */
+void hb_router_probs(const struct hb_router *router, const float *z, float *p, float *choice);
 
 #endif

@@ -14,6 +14,15 @@ static int32_t best(const float *z, int64_t n) {
     return at;
 }
 
+static float range(const float *z, int64_t n) {
+    float most = z[0], least = z[0];
+    for (int64_t e = 1; e < n; e++) {
+        most = z[e] > most ? z[e] : most;
+        least = z[e] < least ? z[e] : least;
+    }
+    return most - least;
+}
+
 /* The selected experts' gate weights, scaled as the old ones were: to the same sum, or not at all. */
 static void replace(const struct hb_segment *s, int64_t token, const float *p, const int32_t *chosen) {
     int32_t *ids[512];
@@ -35,26 +44,29 @@ static void replace(const struct hb_segment *s, int64_t token, const float *p, c
 
 bool hb_substitute(struct hb_block *memory, const struct hb_segment *s) {
     struct hb_router router;
+    const struct ggml_tensor *input;
     float lambda = hb_model_rule(s->model)->substitute;
     if (lambda <= 0) {
         return true;
     }
-    if (!hb_router_find(s, &router) || s->ids->ne[0] > 512) {
+    if (!hb_router_find(s, &router, &input) || router.sigmoid || router.bias_of_choice != NULL ||
+        s->weights == NULL || s->ids->ne[0] > 512) {
         hb_model_fail(s->model, "cache-aware substitution needs a router that is a softmax of a linear layer");
         return false;
     }
-    size_t n_expert = (size_t) router.matrix->ne[1];
-    if (!hb_block_reserve(memory, 3 * hb_block_round(n_expert * sizeof(float)))) {
+    size_t n_expert = (size_t) router.n_expert;
+    if (!hb_block_reserve(memory, 4 * hb_block_round(n_expert * sizeof(float)))) {
         hb_model_fail(s->model, "memory is short");
         return false;
     }
     float *z = hb_block_take(memory, n_expert * sizeof(float));
     float *p = hb_block_take(memory, n_expert * sizeof(float));
+    float *choice = hb_block_take(memory, n_expert * sizeof(float));
     int32_t *chosen = hb_block_take(memory, n_expert * sizeof(int32_t));
     for (int64_t token = 0; token < s->ids->ne[1]; token++) {
-        hb_router_logits(router.matrix, hb_router_input(&router, token), z);
-        float range = hb_router_softmax(z, (int64_t) n_expert, p);
-        float bonus = lambda * hb_model_mean_range(s->model, s->group, range);
+        hb_router_logits(&router, hb_router_row(input, token), z);
+        float bonus = lambda * hb_model_mean_range(s->model, s->group, range(z, (int64_t) n_expert));
+        hb_router_probs(&router, z, p, choice);
         chosen[0] = best(z, (int64_t) n_expert);
         for (size_t e = 0; e < n_expert; e++) {
             z[e] += hb_model_has(s->model, (struct hb_key) {s->group, (int32_t) e, HOBBIT_HIGH}) ? bonus : 0;

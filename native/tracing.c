@@ -17,7 +17,7 @@ struct rows {
     int32_t *experts;
     float *weights;  /* NULL: not seen */
     uint16_t *probs; /* NULL: not wanted, or not known */
-    float *z, *p;
+    float *z, *p, *choice;
 };
 
 static bool reserve(struct rows *r, struct hb_block *memory, bool weights, bool probs) {
@@ -25,7 +25,7 @@ static bool reserve(struct rows *r, struct hb_block *memory, bool weights, bool 
     if (!hb_block_reserve(memory, hb_block_round(pairs * sizeof *r->experts) +
                                       hb_block_round(pairs * sizeof *r->weights) +
                                       (probs ? hb_block_round(all * sizeof *r->probs) : 0) +
-                                      2 * hb_block_round(experts * sizeof *r->p))) {
+                                      3 * hb_block_round(experts * sizeof *r->p))) {
         return false;
     }
     r->experts = hb_block_take(memory, pairs * sizeof *r->experts);
@@ -33,6 +33,7 @@ static bool reserve(struct rows *r, struct hb_block *memory, bool weights, bool 
     r->probs = probs ? hb_block_take(memory, all * sizeof *r->probs) : NULL;
     r->z = hb_block_take(memory, experts * sizeof *r->z);
     r->p = hb_block_take(memory, experts * sizeof *r->p);
+    r->choice = hb_block_take(memory, experts * sizeof *r->choice);
     return true;
 }
 
@@ -47,10 +48,10 @@ static void read_pairs(struct rows *r, const struct hb_segment *s) {
     }
 }
 
-static void read_probs(struct rows *r, const struct hb_router *router) {
+static void read_probs(struct rows *r, const struct hb_router *router, const struct ggml_tensor *input) {
     for (int64_t row = 0; row < r->n_rows; row++) {
-        hb_router_logits(router->matrix, hb_router_input(router, row), r->z);
-        (void) hb_router_softmax(r->z, r->n_expert, r->p);
+        hb_router_logits(router, hb_router_row(input, row), r->z);
+        hb_router_probs(router, r->z, r->p, r->choice);
         for (int64_t e = 0; e < r->n_expert; e++) {
             r->probs[row * r->n_expert + e] = (uint16_t) lrintf(r->p[e] * PROB_ONE);
         }
@@ -63,17 +64,17 @@ bool hb_tracing_write(struct hb_block *memory, const struct hb_segment *s) {
         return true;
     }
     struct hb_router router;
+    const struct ggml_tensor *input;
     struct rows r = {.n_rows = s->ids->ne[1], .n_pairs = s->ids->ne[0] * s->ids->ne[1],
                      .n_expert = hb_model_catalog(s->model)->groups[s->group].n_expert};
-    bool probs = (hb_trace_flags(trace) & HOBBIT_TRACE_PROBS) != 0 && hb_router_find(s, &router) &&
-                 router.matrix->ne[1] == r.n_expert;
+    bool probs = (hb_trace_flags(trace) & HOBBIT_TRACE_PROBS) != 0 && hb_router_find(s, &router, &input);
     if (!reserve(&r, memory, s->weights != NULL, probs)) {
         hb_model_fail(s->model, "memory is short");
         return false;
     }
     read_pairs(&r, s);
     if (probs) {
-        read_probs(&r, &router);
+        read_probs(&r, &router, input);
     }
     const struct hb_trace_layer layer = {.group = s->group, .n_used = (int32_t) s->ids->ne[0], .n_rows = r.n_rows,
                                          .experts = r.experts, .weights = r.weights, .probs = r.probs};
