@@ -39,6 +39,7 @@ from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
 from .policy import DEFAULT, Policy, parse_policy
+from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, Quality, choose, low_copies
 from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
@@ -84,6 +85,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     "auto", where they fit and even all of them together keep the promise.
     policy: who is evicted from the expert cache: a name ("decay", "hobbit", "lcu", "lfru", "lfu",
     "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
+    predict: who says which experts the next layers will use: "gate", "map", "none", or "auto", which
+    tries; perhaps with settings ("gate:depth=2,always"), or a Prediction.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -104,6 +107,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         rule: Rule | None = None,
         resident_low: ResidentLow = "auto",
         policy: str | Policy = DEFAULT,
+        predict: str | Prediction = "auto",
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -122,6 +126,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "rule": rule,
             "resident_low": resident_low,
             "policy": policy,
+            "predict": predict,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -132,6 +137,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if resident_low not in ("auto", "on", "off"):
             raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
+        self.prediction = parse_prediction(predict) if isinstance(predict, str) else predict
         layout = build_layout(open_gguf(Path(model_path)))
         self.quality: Quality = _chosen(layout, self._own_arguments)
         # A nested copy cannot be without its low copies.
@@ -370,6 +376,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
         streamed.set_policy(self.policy)
+        streamed.set_prediction(self.prediction)
         if self.rule == ALL_LOW and self.quality.all_low is not None:
             # Everything may be low; but what there is room for can be high, where it is asked for.
             if self.plan.low_is_resident:

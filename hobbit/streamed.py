@@ -17,6 +17,7 @@ from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
 from .policy import Policy
+from .prediction import Prediction
 from .rule import Rule
 
 Io = Literal["auto", "direct", "buffered"]
@@ -248,6 +249,13 @@ class StreamedModel:
         )
         error = error_buffer()
         check(lib.hobbit_model_set_policy(self._handle, native, error, len(error)), error)
+
+    def set_prediction(self, prediction: Prediction) -> None:
+        """Predict so from now on."""
+        kind = getattr(lib, f"HOBBIT_PREDICT_{prediction.kind.upper()}")
+        native = ffi.new("struct hobbit_prediction *", [kind, prediction.depth, prediction.always])
+        error = error_buffer()
+        check(lib.hobbit_model_set_prediction(self._handle, native, error, len(error)), error)
 
     def _low_cost(self) -> float:
         """Bytes of low copies over those of high ones."""

@@ -49,16 +49,17 @@ IMPORTS: dict[str, set[str]] = {
         "calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule",
     },
     "policy": {"errors"},
+    "prediction": {"errors"},
     "rule": {"errors"},
     # Running one.
     "_native": {"errors"},
     "nested": {"_native", "errors", "gguf_file", "layout", "sizes"},
     "llama": {
         "_log", "_native", "cpus", "errors", "fingerprint", "gguf_file", "layout", "memory",
-        "policy", "quality", "rule", "schedule", "sizes", "stats", "streamed",
+        "policy", "prediction", "quality", "rule", "schedule", "sizes", "stats", "streamed",
     },
     "schedule": {"errors"},
-    "streamed": {"_log", "_native", "errors", "layout", "memory", "policy", "rule"},
+    "streamed": {"_log", "_native", "errors", "layout", "memory", "policy", "prediction", "rule"},
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
     # What a rule costs.
