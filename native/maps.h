@@ -5,7 +5,8 @@
  *   semantic     score = cos(embedding, that of a stored map)
  *   trajectory   score = cos(P_0 .. P_l, the same part of a stored map), l the last layer observed
  *
- * The best match's later layers are the prediction. A full store replaces the map that the new one makes most redundant:
+ * The best match's later layers are the prediction. A full store replaces the map that the new one makes most
+ * redundant:
  *
  *   RDY = d / L * semantic score + (L - d) / L * trajectory score      d the prefetch distance, L the number of layers
  *
@@ -38,8 +39,8 @@ int32_t hb_maps_count(const struct hb_maps *maps);
  * and the trajectory's counts from the first layer. */
 void hb_maps_begin(struct hb_maps *maps, const float *embedding);
 /* The router's probabilities, [n_experts[layer]], for the token that was begun. They are scaled to sum 1, so that any
- * router's will do; what is not above 0 counts as 0. Layers come in order: one that was passed over counts as zeros, one
- * that comes too late is ignored. */
+ * router's will do; what is not above 0 counts as 0. Layers come in order: one that was passed over counts as zeros,
+ * one that comes too late is ignored. */
 void hb_maps_observe(struct hb_maps *maps, int32_t layer, const float *probs);
 /* The best match's probabilities of a layer after the last observed one, [n_experts[layer]], valid until the next call,
  * and the match's score, in (0, 1]. False when nothing in the store is alike, or the match does not know that layer. */
@@ -60,11 +61,11 @@ enum hb_maps_status {
 };
 
 /* File, numbers in the machine's byte order: "HBMAPS\r\n"; the model's identity; as 4 bytes each: version, n_layers,
- * n_embd, capacity, number of maps, n_experts of each layer; then as 2 bytes each the maps' unit embeddings, and layer by
- * layer the maps' probabilities, in units of 1 / 32767; then FNV-1a of all that, 8 bytes.
+ * n_embd, capacity, number of maps, n_experts of each layer; then as 2 bytes each the maps' unit embeddings, and layer
+ * by layer the maps' probabilities, in units of 1 / 32767; then FNV-1a of all that, 8 bytes.
  *
- * It is written under another name in the same folder and renamed when it is complete: a file that was there is replaced
- * as a whole or not at all. Only a loss of power may damage it, which the next load finds. */
+ * It is written under another name in the same folder and renamed when it is complete: a file that was there is
+ * replaced as a whole or not at all. Only a loss of power may damage it, which the next load finds. */
 enum hb_maps_status hb_maps_save(const struct hb_maps *maps, const char *path, const uint8_t *identity);
 /* Replaces what the store holds, also the token that was begun; after an error it is empty. */
 enum hb_maps_status hb_maps_load(struct hb_maps *maps, const char *path, const uint8_t *identity);

@@ -150,6 +150,11 @@ static void layers_passed_over_count_as_zeros(void) {
     observe(m, 1, 1);
     check_predicts(m, 3, 0.75, 1); /* the second's, which had nothing in layer 0 either */
     CHECK(!predicts(m, 2));        /* of which it knows nothing */
+    observe(m, 2, 0);
+    hb_maps_end(m); /* without the last layer, of which the tokens before had something */
+    hb_maps_begin(m, NULL);
+    observe(m, 2, 0);
+    CHECK(!predicts(m, 3));
     hb_maps_free(m);
 }
 
@@ -215,6 +220,14 @@ static void redundancy_weighs_the_hint_by_the_distance(void) {
         check_predicts(m, 3, distance == 1 ? 0 : 1, 1); /* where it replaced the second, the first is found first */
         hb_maps_free(m);
     }
+    struct hb_maps *m = new_maps(4, 2, 100); /* more than all do not make likeness count against a map */
+    add(m, 0, 4, (float[]) {1, 1, 1, 1});
+    add(m, 0, 4, (float[]) {0, 0, 0, 0});
+    add(m, 0, 4, (float[]) {1, 1, 1, 0}); /* equals: the first one goes */
+    hb_maps_begin(m, NULL);
+    observe(m, 0, 0);
+    check_predicts(m, 1, 0, 1);
+    hb_maps_free(m);
 }
 
 static void capacity_one_keeps_the_newest(void) {
@@ -491,13 +504,14 @@ static void write_file(const char *path, const unsigned char *data, size_t size)
 
 static void check_refused(struct hb_maps *m, const char *path, enum hb_maps_status status) {
     add_token(m, 1);
+    begin_token(m, 1);
     CHECK_EQUAL(hb_maps_load(m, path, model), status);
     CHECK_EQUAL(hb_maps_count(m), 0);
     CHECK(!predicts(m, 0));
 }
 
 static void damaged_files_are_refused(void) {
-    static unsigned char data[4096], changed[4096];
+    static unsigned char data[4096], changed[4096], large[1 << 20];
     struct hb_maps *m = new_mixed(3);
     for (uint64_t t = 0; t < 3; t++) {
         add_token(m, t);
@@ -512,6 +526,10 @@ static void damaged_files_are_refused(void) {
     }
     data[size] = 0;
     write_file(path, data, size + 1);
+    check_refused(m, path, HB_MAPS_DAMAGED);
+    memcpy(large, data, size);
+    large[56] = large[57] = 0xff; /* more maps than fit, and as many bytes */
+    write_file(path, large, sizeof large);
     check_refused(m, path, HB_MAPS_DAMAGED);
     for (size_t at = 0; at < size; at++) { /* a bit anywhere; what says whose it is comes first */
         memcpy(changed, data, size);
