@@ -25,8 +25,9 @@ _FLAGS = {LAYER: _WEIGHTS | _PROBS | _LISTED}
 
 # Fixed point of the router's probabilities.
 PROB_ONE = 65535
-# llama.cpp's limits, and our own number of groups.
-_MAX_EXPERTS, _MAX_GROUPS, _MAX_INT = 512, 1 << 16, (1 << 31) - 1
+# What no sound file exceeds.
+_MAX_EXPERTS, _MAX_GROUPS, _MAX_SIZE = 512, 1 << 16, 1 << 48
+_MAX_INT, _MAX_TOKEN = (1 << 31) - 1, (1 << 62) - 1
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -213,14 +214,14 @@ class _Reader:
         return note
 
     def _pool(self) -> TracePool:
-        size, (a, m), (b, n) = self._int(8), *((self._int(8), self._int(4)) for _ in "hl")
+        size, (a, m), (b, n) = self._size(), *((self._size(), self._int(4)) for _ in "hl")
         return TracePool(size, (a, b), (m, n))
 
     def _group(self, n_pools: int) -> TraceGroup:
         layer, n_expert, pool = self._int(4), self._int(4), self._int(4)
         if pool >= n_pools or not 1 <= n_expert <= _MAX_EXPERTS:
             self._damaged("a layer has a pool or a number of experts that makes no sense")
-        (a, m), (b, n) = ((self._int(8), self._int(8)) for _ in "hl")
+        (a, m), (b, n) = ((self._size(), self._size()) for _ in "hl")
         return TraceGroup(layer, n_expert, pool, (a, b), (m, n))
 
     def _event(self) -> bool:
@@ -246,12 +247,12 @@ class _Reader:
         if not 1 <= n_used <= n_expert or n_rows * n_used > len(self._data):
             self._damaged("a number of experts or rows makes no sense")
         if flags & _LISTED:
-            rows = [(self._varint(), self._varint(_LONG)) for _ in range(n_rows)]
+            rows = [(self._varint(), self._varint(_MAX_TOKEN)) for _ in range(n_rows)]
             both = np.array(rows, dtype=np.int64).reshape(n_rows, 2)
             sequence, token = both[:, 0], both[:, 1]
         else:
             sequence = np.full(n_rows, self._varint())
-            token = self._varint(_LONG) + np.arange(n_rows)
+            token = self._varint(_MAX_TOKEN) + np.arange(n_rows)
         experts = self._chosen(group, n_rows * n_used)
         weights = self._array(n_rows * n_used, "<f4") if flags & _WEIGHTS else None
         probs = self._array(n_rows * n_expert, "<u2") if flags & _PROBS else None
@@ -318,6 +319,12 @@ class _Reader:
     def _int(self, n: int) -> int:
         return int.from_bytes(self._take(n), "little")
 
+    def _size(self) -> int:
+        size = self._int(8)
+        if size > _MAX_SIZE:
+            self._damaged("a size makes no sense")
+        return size
+
     def _varint(self, limit: int = _MAX_INT) -> int:
         value = shift = 0
         while True:
@@ -331,10 +338,6 @@ class _Reader:
 
     def _damaged(self, why: str) -> NoReturn:
         raise ModelError(f"{self._path}: the routing trace is damaged at byte {self._at}: {why}")
-
-
-# Of the tokens of a sequence.
-_LONG = (1 << 62) - 1
 
 
 def _joined(arrays: list[npt.NDArray[Any]], kind: Any) -> npt.NDArray[Any]:
