@@ -58,6 +58,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "schedule": {"errors"},
     "trace": {"errors"},
+    "trace_summary": {"trace"},
     "tracing": {"errors", "forced", "llama", "trace"},
     "streamed": {"_log", "_native", "errors", "layout", "memory", "rule"},
     "generate": {"errors", "llama", "stats"},
@@ -84,7 +85,7 @@ IMPORTS: dict[str, set[str]] = {
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
     "modes": {"calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule"},
     "plot": {"errors"},
-    "report": {"calibration", "choices", "evaluate", "plot", "rule", "sizes", "trace"},
+    "report": {"calibration", "choices", "evaluate", "plot", "rule", "sizes", "trace", "trace_summary"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
@@ -106,6 +107,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "stock",
         "streamed",
         "trace",
+        "trace_summary",
         "verify",
     },
     "rich": {"render"},
