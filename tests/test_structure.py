@@ -85,7 +85,9 @@ IMPORTS: dict[str, set[str]] = {
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
     "modes": {"calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule"},
     "plot": {"errors"},
-    "report": {"calibration", "choices", "evaluate", "plot", "rule", "sizes", "trace", "trace_summary"},
+    "report": {
+        "calibration", "choices", "evaluate", "plot", "rule", "sizes", "trace", "trace_summary",
+    },
 }  # fmt: skip
 
 # Packages that only these modules may import.
