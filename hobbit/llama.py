@@ -235,7 +235,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             yield
 
     @contextmanager
-    def traced(self, path: Path, *, probs: bool = False) -> Iterator[None]:
+    def traced(self, path: Path | str, *, probs: bool = False) -> Iterator[None]:
         """While it lasts, write to `path` which experts the router chooses: see docs/trace.md.
 
         With `probs` also its softmax over all experts, where it has one. `forget` before, if the

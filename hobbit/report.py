@@ -11,7 +11,7 @@ from .calibration import frontier
 from .plot import Mark
 from .rule import ALL_LOW, Rule
 from .sizes import format_size
-from .trace import summary
+from .trace_summary import summary
 
 if TYPE_CHECKING:
     from .calibration import Calibration, Point

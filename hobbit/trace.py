@@ -6,7 +6,6 @@ The file is untrusted: every count is checked against what it counts and against
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ _FLAGS = {LAYER: _WEIGHTS | _PROBS | _LISTED}
 
 # Fixed point of the router's probabilities.
 PROB_ONE = 65535
-# llama.cpp's limits, and our own number of groups.
-_MAX_EXPERTS, _MAX_GROUPS, _MAX_INT = 512, 1 << 16, (1 << 31) - 1
+# What no sound file exceeds.
+_MAX_EXPERTS, _MAX_GROUPS, _MAX_SIZE = 512, 1 << 16, 1 << 48
+_MAX_INT, _MAX_TOKEN = (1 << 31) - 1, (1 << 62) - 1
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -213,14 +213,14 @@ class _Reader:
         return note
 
     def _pool(self) -> TracePool:
-        size, (a, m), (b, n) = self._int(8), *((self._int(8), self._int(4)) for _ in "hl")
+        size, (a, m), (b, n) = self._size(), *((self._size(), self._int(4)) for _ in "hl")
         return TracePool(size, (a, b), (m, n))
 
     def _group(self, n_pools: int) -> TraceGroup:
         layer, n_expert, pool = self._int(4), self._int(4), self._int(4)
         if pool >= n_pools or not 1 <= n_expert <= _MAX_EXPERTS:
             self._damaged("a layer has a pool or a number of experts that makes no sense")
-        (a, m), (b, n) = ((self._int(8), self._int(8)) for _ in "hl")
+        (a, m), (b, n) = ((self._size(), self._size()) for _ in "hl")
         return TraceGroup(layer, n_expert, pool, (a, b), (m, n))
 
     def _event(self) -> bool:
@@ -246,12 +246,12 @@ class _Reader:
         if not 1 <= n_used <= n_expert or n_rows * n_used > len(self._data):
             self._damaged("a number of experts or rows makes no sense")
         if flags & _LISTED:
-            rows = [(self._varint(), self._varint(_LONG)) for _ in range(n_rows)]
+            rows = [(self._varint(), self._varint(_MAX_TOKEN)) for _ in range(n_rows)]
             both = np.array(rows, dtype=np.int64).reshape(n_rows, 2)
             sequence, token = both[:, 0], both[:, 1]
         else:
             sequence = np.full(n_rows, self._varint())
-            token = self._varint(_LONG) + np.arange(n_rows)
+            token = self._varint(_MAX_TOKEN) + np.arange(n_rows)
         experts = self._chosen(group, n_rows * n_used)
         weights = self._array(n_rows * n_used, "<f4") if flags & _WEIGHTS else None
         probs = self._array(n_rows * n_expert, "<u2") if flags & _PROBS else None
@@ -318,6 +318,12 @@ class _Reader:
     def _int(self, n: int) -> int:
         return int.from_bytes(self._take(n), "little")
 
+    def _size(self) -> int:
+        size = self._int(8)
+        if size > _MAX_SIZE:
+            self._damaged("a size makes no sense")
+        return size
+
     def _varint(self, limit: int = _MAX_INT) -> int:
         value = shift = 0
         while True:
@@ -333,98 +339,5 @@ class _Reader:
         raise ModelError(f"{self._path}: the routing trace is damaged at byte {self._at}: {why}")
 
 
-# Of the tokens of a sequence.
-_LONG = (1 << 62) - 1
-
-
 def _joined(arrays: list[npt.NDArray[Any]], kind: Any) -> npt.NDArray[Any]:
     return np.concatenate(arrays).astype(kind) if arrays else np.zeros(0, dtype=kind)
-
-
-@dataclass(frozen=True)
-class TraceSummary:
-    """What a trace says in a few numbers.
-
-    asked: distinct experts, summed over layers and ubatches: what a cache is asked for.
-    asked_bytes: of their high copies: what is read without a cache.
-    used: of all experts of all layers, those that some token used.
-    reused: of a token's experts in a layer, the share that the token before used there; NaN if no
-    two tokens follow one another.
-    entropy: of the experts' frequencies in a layer, in bits, the mean over layers; `entropy_max`
-    where all are equally frequent.
-    """
-
-    tokens: int
-    sequences: int
-    layers: int
-    events: int
-    experts: int
-    used: int
-    asked: int
-    asked_bytes: int
-    reused: float
-    entropy: float
-    entropy_max: float
-    weighted: float
-
-
-def summary(trace: Trace) -> TraceSummary:
-    """Return the numbers that describe a trace."""
-    layers = np.flatnonzero(trace.kind == LAYER)
-    asked = trace.n_distinct
-    sizes = np.array([group.expert_bytes[0] for group in trace.groups], dtype=np.int64)
-    of_groups = [_of_group(trace, layers[trace.group[layers] == g]) for g in range(len(sizes))]
-    seen = [g for g in of_groups if g.n_rows]
-    pairs = int((trace.n_rows[layers].astype(np.int64) * trace.n_used[layers]).sum())
-    followed = sum(g.followed for g in seen)
-    weighted = layers[trace.has_weights[layers]]
-    return TraceSummary(
-        tokens=max((g.n_rows for g in seen), default=0),
-        sequences=max(int((trace.kind == SEQUENCE).sum()), 1),
-        layers=len(trace.groups),
-        events=len(trace),
-        experts=sum(group.n_expert for group in trace.groups),
-        used=sum(g.used for g in seen),
-        asked=int(asked.sum()),
-        asked_bytes=int((asked[layers] * sizes[trace.group[layers]]).sum()),
-        reused=sum(g.reused for g in seen) / followed if followed else math.nan,
-        entropy=float(np.mean([g.entropy for g in seen])) if seen else math.nan,
-        entropy_max=float(np.mean([math.log2(g.n_expert) for g in trace.groups])),
-        weighted=float((trace.n_rows[weighted] * trace.n_used[weighted]).sum()) / max(pairs, 1),
-    )
-
-
-@dataclass(frozen=True)
-class _GroupSummary:
-    n_rows: int
-    used: int
-    reused: int
-    followed: int
-    entropy: float
-
-
-def _of_group(trace: Trace, events: npt.NDArray[Any]) -> _GroupSummary:
-    """Count within the events of one group."""
-    views = [trace[int(i)] for i in events]
-    n_rows = sum(len(view.token) for view in views)
-    if not n_rows:
-        return _GroupSummary(0, 0, 0, 0, math.nan)
-    n_expert = trace.groups[views[0].group].n_expert
-    experts = np.concatenate([view.experts.ravel() for view in views]).astype(np.int64)
-    widths = np.concatenate([np.full(len(v.token), v.experts.shape[1]) for v in views])
-    sequence = np.concatenate([view.sequence for view in views])
-    token = np.concatenate([view.token for view in views])
-    follows = np.zeros(n_rows, dtype=bool)
-    follows[1:] = (sequence[1:] == sequence[:-1]) & (token[1:] == token[:-1] + 1)
-    row = np.repeat(np.arange(n_rows), widths)
-    place = row * n_expert + experts
-    again = np.isin(place, place + n_expert) & follows[row]
-    counts = np.bincount(experts, minlength=n_expert)
-    share = counts[counts > 0] / len(experts)
-    return _GroupSummary(
-        n_rows=n_rows,
-        used=int((counts > 0).sum()),
-        reused=int(again.sum()),
-        followed=int(follows[row].sum()),
-        entropy=float(-(share * np.log2(share)).sum()),
-    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UsageError
+from .errors import HobbitError, ReadError, UsageError
 from .forced import Forced
 from .trace import is_trace
 
@@ -34,7 +37,7 @@ def record(
 
     The run begins with no expert cached. `limit` 0: all, as far as the context holds them; `batch`
     tokens are decoded at once, of which, as in a prompt, the last one's logits are computed. Raises
-    UsageError for an empty text, ReadError when the disk is full, Cancelled after `llm.cancel()`.
+    UsageError for an empty text, HobbitError when the disk is full, Cancelled after `llm.cancel()`.
     """
     model = Forced(llm)
     tokens = [*([] if model.bos is None else [model.bos]), *model.tokens(text)]
@@ -43,9 +46,21 @@ def record(
         raise UsageError("the text is empty: there is nothing to trace")
     llm.forget()
     model.clear()
-    with llm.traced(path, probs=probs):
+    with _full_disks(path), llm.traced(path, probs=probs):
         for at in range(0, len(tokens), batch):
             model.decode(tokens[at : at + batch], logits=False)
             if on_progress:
                 on_progress("tracing", min(at + batch, len(tokens)) / len(tokens))
     return len(tokens)
+
+
+@contextmanager
+def _full_disks(path: Path) -> Iterator[None]:
+    """Tell a full disk from what else cannot be read or written: it has its own exit code."""
+    try:
+        yield
+    except ReadError as exc:
+        reason = os.strerror(errno.ENOSPC)
+        if not str(exc).endswith(f"written: {reason}"):
+            raise
+        raise HobbitError(str(exc)) from OSError(errno.ENOSPC, reason, str(path))

@@ -513,6 +513,35 @@ static void every_failure_to_allocate_is_undone(void) {
     hobbit_model_close(m);
 }
 
+static int32_t trace_to(struct hobbit_model *m, const char *path) {
+    return hobbit_model_trace(m, path, "{}", 0, err, sizeof err);
+}
+
+static void a_trace_is_begun_and_ended(void) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    const char *path = file_make(1);
+    CHECK_EQUAL(trace_to(m, path), HOBBIT_ARG);
+    CHECK_TEXT(err, "no expert cache");
+    CHECK_EQUAL(hobbit_model_trace_end(m, err, sizeof err), HOBBIT_OK);
+    CHECK_EQUAL(allocate(m, 2, 2), HOBBIT_OK);
+    CHECK_EQUAL(trace_to(m, "no/such/folder"), HOBBIT_IO);
+    CHECK_TEXT(err, "no/such/folder: No such file");
+    usleep(1000); /* its threads have their buffers */
+    for (int n = 1; n <= 3; n++) {
+        atomic_store(&faults_allocation, n);
+        CHECK_EQUAL(trace_to(m, path), HOBBIT_IO);
+    }
+    CHECK(hb_model_trace(m) == NULL);
+    CHECK_EQUAL(trace_to(m, path), HOBBIT_OK);
+    CHECK(hb_model_trace(m) != NULL);
+    int open_before = files_open();
+    hobbit_model_forget(m);
+    CHECK_EQUAL(trace_to(m, path), HOBBIT_OK); /* ends the one before */
+    CHECK_EQUAL(files_open(), open_before);
+    hobbit_model_close(m);
+    CHECK(files_open() < open_before || open_before == 0);
+}
+
 /* --- two precisions --- */
 
 static int32_t set_rule(struct hobbit_model *m, float t1, float t2, bool deterministic) {
@@ -947,6 +976,7 @@ int main(void) {
     RUN(matrices_are_read_past_the_cache);
     RUN(every_failure_to_open_is_undone);
     RUN(every_failure_to_allocate_is_undone);
+    RUN(a_trace_is_begun_and_ended);
     RUN(both_copies_arrive_byte_by_byte);
     RUN(a_better_copy_that_is_cached_is_chosen);
     RUN(what_is_under_way_is_not_yet_cached);
