@@ -91,7 +91,7 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
             add_pieces(m, &load->job, hb_key_in(key, HOBBIT_LOW), load->low_data);
         }
     }
-    hb_reader_submit(m->reader, &load->job);
+    hb_reader_submit(m->reader, &load->job, background ? HB_AHEAD : HB_DEMAND);
     return true;
 }
 
@@ -124,6 +124,7 @@ enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t 
     if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
         load->background = false; /* wait for it after all */
         m->in_background--;
+        hb_reader_promote(m->reader, &load->job);
         return HB_FETCH_STARTED;
     }
     return HB_FETCH_WAIT; /* a low copy that is being read with its high one */
