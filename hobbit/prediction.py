@@ -38,7 +38,9 @@ def parse_prediction(text: str) -> Prediction:
         elif name == "depth" and value.isdigit() and 1 <= int(value) <= 8:
             depth = int(value)
         else:
-            raise UsageError(f"a predictor has no setting {setting!r}: use always, depth=1 to depth=8")
+            raise UsageError(
+                f"a predictor has no setting {setting!r}: use always, depth=1 to depth=8"
+            )
     if always and kind == "auto":
         raise UsageError("auto:always contradicts itself: name a predictor, as in gate:always")
     return Prediction(kind, depth, always)

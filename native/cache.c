@@ -25,7 +25,7 @@ struct bank {
     struct hb_heap_node *nodes; /* one a slot */
     int32_t *heaps;             /* one a class of the policy */
     int32_t *free;              /* stack of FREE slots, the lowest on top at first; unused where slots have homes */
-    int32_t n_free;
+    int32_t n_free, n_filled;   /* the n_filled uppermost still have the memory of what they held */
 };
 
 struct pool {
@@ -347,11 +347,35 @@ void hb_cache_drop(struct hb_cache *c, struct hb_key key) {
     int32_t pool = c->groups[key.group].pool;
     struct bank *bank = bank_of(c, key);
     int32_t index = detach(c, key);
-    if (!has_home(c, key)) {
-        bank->free[bank->n_free++] = index;
-    }
     c->pools[pool].used -= bank->slot_bytes;
-    c->emptied(c->context, pool, key.precision, index);
+    if (has_home(c, key)) {
+        c->emptied(c->context, pool, key.precision, index);
+    } else {
+        bank->free[bank->n_free++] = index;
+        bank->n_filled++; /* memory that was never touched costs far more to read into: keep it while nobody wants it */
+    }
+}
+
+static uint64_t filled_bytes(const struct pool *pool) {
+    const struct bank *banks = pool->banks;
+    return (uint64_t) banks[HOBBIT_HIGH].n_filled * banks[HOBBIT_HIGH].slot_bytes +
+           (uint64_t) banks[HOBBIT_LOW].n_filled * banks[HOBBIT_LOW].slot_bytes;
+}
+
+/* A FREE slot of the bank; what other FREE slots still have goes, as far as its memory is too much beside it. */
+static int32_t take_free(struct hb_cache *c, int32_t pool_index, int32_t precision, int32_t home) {
+    struct pool *pool = &c->pools[pool_index];
+    struct bank *bank = &pool->banks[precision], *other = &pool->banks[1 - precision];
+    pool->used += bank->slot_bytes;
+    if (home == NONE && bank->n_filled > 0) {
+        bank->n_filled--;
+        return bank->free[--bank->n_free];
+    }
+    while (pool->used + filled_bytes(pool) > pool->bytes && other->n_filled > 0) {
+        int32_t lowest = other->free[other->n_free - other->n_filled--];
+        c->emptied(c->context, pool_index, 1 - precision, lowest);
+    }
+    return home != NONE ? home : bank->free[--bank->n_free];
 }
 
 /* A FREE slot whose bytes are counted as used: evicts what has to go, and nothing if that is not enough. */
@@ -364,8 +388,8 @@ static int32_t make_room(struct hb_cache *c, struct hb_key key) {
     for (;;) {
         bool has_slot = has_home(c, key) || bank->n_free > 0;
         if (has_slot && pool->used + bank->slot_bytes <= pool->bytes) {
-            pool->used += bank->slot_bytes;
-            return has_home(c, key) ? c->groups[key.group].home + key.expert : bank->free[--bank->n_free];
+            int32_t home = has_home(c, key) ? c->groups[key.group].home + key.expert : NONE;
+            return take_free(c, c->groups[key.group].pool, key.precision, home);
         }
         struct victim victim = {.found = false};
         consider(c, bank, &victim);
@@ -470,7 +494,7 @@ bool hb_cache_is_valid(const struct hb_cache *c) {
         const struct pool *pool = &c->pools[i];
         struct held held = {0};
         if (!add_held(c, i, HOBBIT_HIGH, &held) || !add_held(c, i, HOBBIT_LOW, &held) || held.used != pool->used ||
-            held.evictable != pool->evictable || pool->used > pool->bytes) {
+            held.evictable != pool->evictable || pool->used + filled_bytes(pool) > pool->bytes) {
             return false;
         }
         slots += held.slots;

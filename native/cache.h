@@ -1,6 +1,6 @@
 /* Which copy of an expert is in which slot. An expert has a high copy and perhaps a low one, and each is cached by
  * itself. A pool has a bank of equal slots for each precision; the two banks share the pool's bytes: a slot takes its
- * bytes when it is filled and gives them back when it is emptied, so the mixture follows from what is asked for. A
+ * bytes when it is filled and gives them back when another needs them, so the mixture follows from what is asked for. A
  * copy of either kind costs its bytes to read again, so that the same order of eviction is right for both. The cache
  * knows numbers only: it never touches the slots' memory and does no I/O.
  *
@@ -25,7 +25,7 @@ struct hb_key {
 
 struct hb_cache;
 
-/* Called when the bytes of a slot are given back: its memory may go. */
+/* Called when a slot's memory is to be given back: the other bank wants it. */
 typedef void hb_cache_emptied(void *context, int32_t pool, int32_t precision, int32_t slot);
 
 /* Group g has experts_of_group[g] experts that live in pool_of_group[g]. NULL when memory is short. */

@@ -133,7 +133,7 @@ struct hb_arrival {
 struct hb_arrival hb_model_arrival(struct hobbit_model *model, bool wait);
 void hb_model_release(struct hobbit_model *model, struct hb_key key);
 
-/* Give back the reads that have not begun: they arrive as failed, without an error. */
+/* Give back the reads that have not begun: they arrive as failed, without an error. Those in the background end too. */
 void hb_model_withdraw(struct hobbit_model *model);
 
 /* Copy part of a matrix stack from its file, past the cache. On failure the error is kept. */

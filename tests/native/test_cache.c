@@ -145,7 +145,7 @@ static void a_dropped_copy_frees_its_slot(void) {
     hb_cache_drop(c, high(0, 0));
     CHECK(hb_cache_is_valid(c));
     CHECK_EQUAL(hb_cache_find(c, high(0, 0), 1), -1);
-    CHECK(emptied.all == 1 && emptied.slots[0][HOBBIT_HIGH][0] == 1);
+    CHECK_EQUAL(emptied.all, 0); /* no other bank wants the memory */
     CHECK_EQUAL(hb_cache_used(c, 0), 0);
     CHECK_EQUAL(load(c, high(0, 0)), 0);
     CHECK_EQUAL(hb_cache_find(c, high(0, 0), 1), 0);
@@ -155,7 +155,7 @@ static void a_dropped_copy_frees_its_slot(void) {
     CHECK(hb_cache_is_valid(c));
     CHECK_EQUAL(hb_cache_n_ready(c), 0);
     CHECK_EQUAL(hb_cache_find(c, high(0, 0), 1), -1);
-    CHECK_EQUAL(emptied.all, 2);
+    CHECK_EQUAL(emptied.all, 0);
     hb_cache_free(c);
 }
 
@@ -307,7 +307,7 @@ static void forgetting_leaves_what_is_in_use(void) {
     CHECK(hb_cache_peek(c, high(0, 1)) >= 0 && hb_cache_peek(c, low(0, 3)) >= 0);
     CHECK_EQUAL(hb_cache_used(c, 0), 16);
     CHECK_EQUAL(hb_cache_n_ready(c), 2);
-    CHECK_EQUAL(emptied.all, 2);
+    CHECK_EQUAL(emptied.all, 0); /* until somebody wants it */
     CHECK_EQUAL(hb_cache_evictions(c), 0);
     hb_cache_loaded(c, low(0, 4));
     CHECK(hb_cache_peek(c, low(0, 4)) >= 0);
@@ -358,7 +358,7 @@ struct entry {
 
 struct model {
     struct entry entries[GROUPS][EXPERTS][HOBBIT_PRECISIONS];
-    int emptied[POOLS][HOBBIT_PRECISIONS][MAX_SLOTS];
+    bool filled[POOLS][HOBBIT_PRECISIONS][MAX_SLOTS]; /* the slot has memory */
     uint64_t clock, evictions;
 };
 
@@ -389,7 +389,6 @@ static int32_t used_slots(struct model *m, int32_t pool, int32_t precision) {
 }
 
 static void empty(struct model *m, struct hb_key key) {
-    m->emptied[stress_pool[key.group]][key.precision][entry_of(m, key)->slot]++;
     *entry_of(m, key) = (struct entry) {0};
 }
 
@@ -440,6 +439,34 @@ static int32_t make_room(struct model *m, struct hb_key key, int32_t home) {
     }
 }
 
+/* What was given back since the last time was there, and nobody's. */
+static void take_memory(struct model *m) {
+    for (int32_t pool = 0; pool < POOLS; pool++) {
+        for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+            for (int32_t s = 0; s < MAX_SLOTS; s++) {
+                CHECK(emptied.slots[pool][p][s] <= m->filled[pool][p][s]);
+                m->filled[pool][p][s] = m->filled[pool][p][s] && emptied.slots[pool][p][s] == 0;
+            }
+        }
+    }
+    memset(emptied.slots, 0, sizeof emptied.slots);
+}
+
+/* Every copy has its memory, and all memory together is within the pool's bytes. */
+static void check_memory(struct model *m, int32_t pool) {
+    uint64_t bytes = 0;
+    for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
+        for (int32_t s = 0; s < MAX_SLOTS; s++) {
+            bytes += m->filled[pool][p][s] ? stress_pools[pool].slot_bytes[p] : 0;
+        }
+    }
+    CHECK(bytes <= stress_pools[pool].bytes);
+    FOR_EACH_COPY(key, pool) {
+        const struct entry *e = entry_of(m, key);
+        CHECK(e->state == FREE || m->filled[pool][key.precision][e->slot]);
+    }
+}
+
 static void claim(struct model *m, struct hb_cache *c, struct hb_key key) {
     int32_t pool = stress_pool[key.group], home = key.precision == HOBBIT_HIGH ? hb_cache_home(c, key.group) : -1;
     CHECK_EQUAL(home, key.precision == HOBBIT_HIGH && pool == 1 ? (key.group == 1 ? 0 : EXPERTS) : -1);
@@ -455,6 +482,8 @@ static void claim(struct model *m, struct hb_cache *c, struct hb_key key) {
             CHECK(other.precision != key.precision || e->state == FREE || e->slot != slot);
         }
         *entry_of(m, key) = (struct entry) {LOADING, 1, false, slot, ++m->clock};
+        take_memory(m);
+        m->filled[pool][key.precision][slot] = true;
     }
 }
 
@@ -485,7 +514,10 @@ static void check_state(struct model *m, const struct hb_cache *c) {
     }
     CHECK_EQUAL(hb_cache_n_ready(c), ready);
     CHECK_EQUAL(hb_cache_evictions(c), m->evictions);
-    CHECK(memcmp(m->emptied, emptied.slots, sizeof emptied.slots) == 0);
+    take_memory(m);
+    for (int32_t pool = 0; pool < POOLS; pool++) {
+        check_memory(m, pool);
+    }
 }
 
 static void step(struct model *m, struct hb_cache *c, bool keeps, uint64_t *seed) {
@@ -533,7 +565,7 @@ static void random_operations_keep_the_invariants(void) {
             step(&m, c, round % 3 == 0, &seed);
             check_state(&m, c);
         }
-        CHECK(m.evictions > 300 && emptied.all > 300);
+        CHECK(m.evictions > 300 && emptied.all > 50);
         hb_cache_free(c);
     }
 }

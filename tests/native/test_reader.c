@@ -504,6 +504,18 @@ static void a_cancelled_job_ends_with_all_blocks_under_way(void) {
     CHECK_EQUAL(atomic_load(&faults_pread_calls), 2);
 }
 
+/* Hangs if fewer do. */
+static void as_many_threads_wake_as_there_are_blocks(void) {
+    for (int threads = 2; threads <= 5; threads++) {
+        struct scene s;
+        begin_scene(&s, threads);
+        usleep(20000); /* all sleep now, or this shows less */
+        submit(&s, "a", HB_DEMAND);
+        faults_await_preads(threads < 3 ? threads : 3);
+        end_scene(&s, "a", "");
+    }
+}
+
 static void what_is_wholly_taken_arrives(void) {
     struct scene s;
     begin_scene(&s, 1);
@@ -775,6 +787,7 @@ int main(void) {
     RUN(jobs_not_begun_are_cancelled_at_once);
     RUN(begun_jobs_stop_within_a_block);
     RUN(a_cancelled_job_ends_with_all_blocks_under_way);
+    RUN(as_many_threads_wake_as_there_are_blocks);
     RUN(what_is_wholly_taken_arrives);
     RUN(withdrawing_leaves_only_demand_that_was_begun);
     RUN(cancelling_hides_what_failed_before);
