@@ -85,8 +85,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     "auto", where they fit and even all of them together keep the promise.
     policy: who is evicted from the expert cache: a name ("decay", "hobbit", "lcu", "lfru", "lfu",
     "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
-    predict: who says which experts the next layers will use: "gate", "map", "none", or "auto", which
-    tries; perhaps with settings ("gate:depth=2,always"), or a Prediction.
+    predict: who says which experts the next layers will use: "gate", "map", "none", or "auto",
+    which tries; perhaps with settings ("gate:depth=2,always"), or a Prediction.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
