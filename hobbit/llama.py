@@ -22,7 +22,7 @@ import llama_cpp.llama_cpp as upstream_api
 import numpy as np
 import numpy.typing as npt
 
-from . import _log
+from . import _log, usage
 from ._native import CancelFlag
 from .cpus import has_amx
 from .errors import (
@@ -81,6 +81,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     rule: which experts may be low or skipped, in place of a quality.
     resident_low: keep all low copies in memory, so that nothing waits for a read: "on", "off", or
     "auto", where they fit and even all of them together keep the promise.
+    warm_start: after the load, read in the background the experts that earlier runs used most, as
+    far as there is room, and at the close remember those of this run, in hobbit's cache folder.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -100,6 +102,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         deterministic: bool = False,
         rule: Rule | None = None,
         resident_low: ResidentLow = "auto",
+        warm_start: bool = False,
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -107,6 +110,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._streamed: StreamedModel | None = None
         self._cancelled = CancelFlag()
         self._counted = Stats()
+        self._fingerprint = ""  # known with a warm start
         self._own_arguments: dict[str, Any] = {
             "memory": memory,
             "cache_bytes": cache_bytes,
@@ -117,6 +121,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "deterministic": deterministic,
             "rule": rule,
             "resident_low": resident_low,
+            "warm_start": warm_start,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -296,6 +301,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Free the model, its cache and its threads; harmless when done already."""
         stack = getattr(self, "_stack", None)
         if stack is not None:
+            self._remember_usage()
             stack.close()
         self._streamed = None
 
@@ -351,7 +357,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             streamed.set_rule(self.rule)
         if self.plan.low_is_resident:
             streamed.keep_low()
-        return streamed.load(params, self.verbose)
+        model = streamed.load(params, self.verbose)
+        if own["warm_start"]:
+            self._warm(streamed)
+        return model
+
+    def _warm(self, streamed: StreamedModel) -> None:
+        """Start to read what earlier runs used most; all experts where there is room for all."""
+        self._fingerprint = fingerprint(self.layout.gguf)
+        uses = usage.load(self._fingerprint, len(streamed.usage()))
+        streamed.warm(usage.order(uses, everything=self.plan.mode == "resident-experts"))
+
+    def _remember_usage(self) -> None:
+        if self._streamed is not None and self._fingerprint:
+            usage.save(self._fingerprint, self._streamed.usage())
 
     def _load_resident(self, params: Any) -> int:
         params.use_extra_bufts = params.use_extra_bufts and not has_amx()
