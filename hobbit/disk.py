@@ -149,8 +149,11 @@ class _File:
         return done
 
     def _forget(self, offset: int, length: int) -> None:
+        """The page cache keeps up to 2 MiB as one: a part of that is not dropped."""
         if not self.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+            start = offset // BLOCK * BLOCK
+            end = -(-(offset + length) // BLOCK) * BLOCK
+            os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._fd)
