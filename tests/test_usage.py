@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gates import Bench, assert_same, layout_of, opened, run, thread_count
+from gates import Bench, assert_same, in_threads, layout_of, opened, run, thread_count
 
 import hobbit
 from hobbit import usage
@@ -143,6 +146,31 @@ class TestWarmStart:
         folder.write_text("not a folder")
         with opened(path, "half", warm_start=True) as llama:
             run(llama)
+
+    @pytest.mark.parametrize("cache", ["floor", "half"])
+    def test_reads_ahead_that_fill_the_cache_while_it_computes(
+        self, bench: Bench, path: Path, cache: str
+    ) -> None:
+        with opened(path, cache) as llama:
+            streamed, done = llama._streamed, threading.Event()
+            assert streamed is not None
+            numbers = [*range(len(streamed.usage()))]
+
+            def disturb() -> None:
+                for seed in itertools.count():
+                    random.Random(seed).shuffle(numbers)
+                    llama.forget()
+                    streamed.warm(numbers)
+                    if done.wait(0.0005):
+                        break
+
+            def compute() -> None:
+                try:
+                    assert_same(bench.stock(path), run(llama))
+                finally:
+                    done.set()
+
+            in_threads(disturb, compute)
 
     def test_a_close_right_after_the_load(self, path: Path) -> None:
         with opened(path, "all", warm_start=True):
