@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .layout import Layout
     from .llama import Llama
     from .memory import MemoryPlan
-    from .options import EvalOptions, Options, PrepareOptions
+    from .options import EvalOptions, Options, PrepareOptions, TraceOptions
     from .quality import Quality
 
 EXIT_DISK_FULL = 5
@@ -787,6 +787,102 @@ def _evaluate(options: EvalOptions) -> int:
     for line in worse:
         screen.error(line)
     return EXIT_TOO_FAR if worse else 0
+
+
+@app.command()
+def trace(
+    model: Annotated[
+        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
+    ] = None,
+    file: Annotated[
+        Path | None, _flag("-f", "--file", help="Text to feed (default: a built-in one).")
+    ] = None,
+    output: Annotated[
+        Path | None, _flag("-o", "--output", help="The trace to write; see docs/trace.md.")
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option("--show", help="Summarise a trace instead of recording one.")
+    ] = None,
+    tokens: Annotated[
+        int, _flag("-n", "--tokens", min=0, help="How many tokens; 0: all that the context holds.")
+    ] = 1024,
+    probs: Annotated[
+        bool, _flag("--probs", help="Record the router's probabilities of all experts too.")
+    ] = False,
+    batch: Annotated[
+        int, _flag("-b", "--batch", min=1, help="Tokens at once; 1 is how generating routes.")
+    ] = 1,
+    ubatch: Annotated[
+        int, _flag("-ub", "--ubatch", min=1, help="Of these, at most so many in a layer at once.")
+    ] = 512,
+    ctx_size: Annotated[
+        int | None, _flag("-c", "--ctx-size", min=1, help="Context size (default: as needed).")
+    ] = None,
+    threads: Annotated[
+        int | None, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    memory: Annotated[
+        str,
+        _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
+    ] = "auto",
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Record which experts the router chooses for a text, in a file, or show such a file."""
+    values = dict(locals())
+    try:
+        from .options import TraceOptions
+
+        return _trace(TraceOptions(**values))
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
+
+
+def _trace(options: TraceOptions) -> int:
+    from .report import trace_lines
+    from .trace import read_trace
+
+    screen, loading = Screen(options.quiet), options.loading()
+    if options.show:
+        _print("\n".join(trace_lines(read_trace(options.show.expanduser()))) + "\n")
+        return 0
+    assert options.output is not None
+    dest = options.output.expanduser()
+    n = _record_routing(options, loading, dest, screen)
+    size = f", {format_size(dest.stat().st_size)}" if dest.is_file() else ""
+    _print(f"{dest}: the routing of {n} tokens{size}\n")
+    return 0
+
+
+def _record_routing(options: TraceOptions, loading: Options, dest: Path, screen: Screen) -> int:
+    from .forced import stoppable
+    from .gguf_file import open_gguf
+    from .layout import build_layout
+    from .memory import resolve_cap
+    from .quality import EXACT_NAME, Quality
+    from .rule import EXACT
+    from .texts import read
+    from .tracing import check_dest, record
+
+    _check_name(loading)
+    resolve_cap(options.memory)
+    check_dest(dest)
+    text = read(options.file)
+    layout = build_layout(open_gguf(_model_path(loading, screen)))
+    screen.say(model_line(layout), *resident_lines(layout))
+    quality = Quality(EXACT_NAME, EXACT, layout.low)
+    with closing(_load(layout, loading, quality, screen)) as llm, screen.progress() as report:
+        return stoppable(
+            llm,
+            lambda: record(
+                llm,
+                text,
+                dest,
+                limit=options.tokens,
+                batch=options.batch,
+                probs=options.probs,
+                on_progress=report,
+            ),
+        )
 
 
 def _run(options: Options) -> int:

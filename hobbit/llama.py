@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ from .fingerprint import fingerprint
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
+from .policy import DEFAULT, Policy, parse_policy
+from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, Quality, choose, low_copies
 from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
@@ -83,6 +85,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     "auto", where they fit and even all of them together keep the promise.
     warm_start: after the load, read in the background the experts that earlier runs used most, as
     far as there is room, and at the close remember those of this run, in hobbit's cache folder.
+    policy: who is evicted from the expert cache: a name ("decay", "hobbit", "lcu", "lfru", "lfu",
+    "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
+    predict: who says which experts the next layers will use: "gate", "map", "none", or "auto",
+    which tries; perhaps with settings ("gate:depth=2,always"), or a Prediction.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -103,6 +109,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         rule: Rule | None = None,
         resident_low: ResidentLow = "auto",
         warm_start: bool = False,
+        policy: str | Policy = DEFAULT,
+        predict: str | Prediction = "auto",
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -122,6 +130,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "rule": rule,
             "resident_low": resident_low,
             "warm_start": warm_start,
+            "policy": policy,
+            "predict": predict,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -131,6 +141,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise UsageError(f"io is {io!r}: use auto, direct or buffered")
         if resident_low not in ("auto", "on", "off"):
             raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
+        self.policy = parse_policy(policy) if isinstance(policy, str) else policy
+        self.prediction = parse_prediction(predict) if isinstance(predict, str) else predict
         layout = build_layout(open_gguf(Path(model_path)))
         self.quality: Quality = _chosen(layout, self._own_arguments)
         # A nested copy cannot be without its low copies.
@@ -227,6 +239,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         with self._moe().schedule(str(path)):
             yield
 
+    @contextmanager
+    def traced(self, path: Path | str, *, probs: bool = False) -> Iterator[None]:
+        """While it lasts, write to `path` which experts the router chooses: see docs/trace.md.
+
+        With `probs` also its softmax over all experts, where it has one. `forget` before, if the
+        trace shall tell all that decides what is cached. Raises HobbitError without streaming
+        experts, ReadError when the file cannot be written.
+        """
+        moe, gguf = self._moe(), self.layout.gguf
+        note = self._identity() | {
+            "name": str(gguf.get("general.name", gguf.parts[0].path.name)),
+            "architecture": gguf.arch,
+            "n_expert_used": self.layout.n_expert_used,
+            "rule": asdict(self.rule),
+            "low_is_resident": self.plan.low_is_resident,
+            "cached": moe.counters().n_cached,
+        }
+        with moe.trace(str(path), json.dumps(note), probs):
+            yield
+
     def _identity(self) -> dict[str, Any]:
         """What a precision schedule is of."""
         low = self.layout.low.gguf if self.layout.low else None
@@ -268,6 +300,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self._ctx.ctx is None:
             raise HobbitError("the model is closed")
         before = self.n_tokens
+        if before == 0 and self._streamed is not None:
+            self._streamed.new_sequence()
         is_prompt = len(tokens) != 1 or before == 0
         start = time.perf_counter()
         try:
@@ -347,6 +381,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         measured = measure(streamed.load, params, self._context_params())
         self._make_plan(measured, streamed.slot_bytes())
         streamed.allocate(self.plan.pools)
+        streamed.set_policy(self.policy)
+        streamed.set_prediction(self.prediction)
         if self.rule == ALL_LOW and self.quality.all_low is not None:
             # Everything may be low; but what there is room for can be high, where it is asked for.
             if self.plan.low_is_resident:

@@ -207,6 +207,41 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class TraceOptions:
+    """One value for each flag of `hobbit trace`, by the name of its parameter."""
+
+    model: str | None = None
+    file: Path | None = None
+    output: Path | None = None
+    show: Path | None = None
+    tokens: int = 1024
+    probs: bool = False
+    batch: int = 1
+    ubatch: int = 512
+    ctx_size: int | None = None
+    threads: int | None = None
+    memory: str = "auto"
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.show and (self.model or self.file or self.output):
+            raise UsageError("--show reads a trace that is there: without a model, -f and -o")
+        if not self.show and not self.output:
+            raise UsageError("name the file to write with -o FILE, or a trace to read with --show")
+
+    def loading(self) -> Options:
+        """Return how the model is loaded: no larger context than is needed."""
+        return Options(
+            model=self.model,
+            ctx_size=self.ctx_size or self.tokens or None,
+            threads=self.threads,
+            memory=self.memory,
+            batch_size=self.batch,
+            ubatch_size=min(self.ubatch, self.batch),
+        )
+
+
+@dataclass(frozen=True)
 class PrepareOptions:
     """One value for each flag of `hobbit prepare`, by the name of its parameter."""
 

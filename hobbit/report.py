@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from .calibration import frontier
 from .plot import Mark
 from .rule import ALL_LOW, Rule
+from .sizes import format_size
+from .trace_summary import summary
 
 if TYPE_CHECKING:
     from .calibration import Calibration, Point
     from .choices import ChoiceRow
     from .evaluate import Row
+    from .trace import Trace
 
 SCHEMA = "hobbit.eval/1"
 
@@ -97,6 +100,28 @@ def words(rule: Rule) -> str:
     parts += ["renormalised"] * rule.renormalise
     parts += [f"patience {rule.patience}"] * (rule.patience > 1)
     return " ".join(parts)
+
+
+def trace_lines(trace: Trace) -> list[str]:
+    """Return the head of a routing trace and what it comes to, one fact a line."""
+    found, note = summary(trace), trace.note
+    tokens = max(found.tokens, 1)
+    facts = {
+        "model": f"{note.get('name')} ({note.get('architecture')})",
+        "tokens": f"{found.tokens}",
+        "layers": f"{found.layers}",
+        "events": f"{found.events}",
+        "experts used": f"{found.used} of {found.experts}",
+        "asked a token": f"{found.asked / tokens:.1f} experts, "
+        f"{format_size(found.asked_bytes // tokens)}",
+        "reused": f"{_percent(found.reused)} of the token before's",
+        "entropy": f"{found.entropy:.2f} of {found.entropy_max:.2f} bits",
+        "gate weights": f"{_percent(found.weighted)} of the pairs",
+        "probabilities": "yes" if (trace.prob_at >= 0).any() else "no",
+        "cache": ", ".join(format_size(pool.bytes) for pool in trace.pools),
+    }
+    width = max(map(len, facts))
+    return [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
 
 
 def task_lines(name: str, rows: Sequence[ChoiceRow]) -> list[str]:

@@ -17,6 +17,8 @@ from ._native import CancelFlag, check, error_buffer, ffi, lib
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
+from .policy import Policy
+from .prediction import Prediction
 from .rule import Rule
 
 # How often reads in the background are gone on with while nothing is computed.
@@ -237,6 +239,43 @@ class StreamedModel:
         made_rule = ffi.new("struct hobbit_rule *", native)
         check(lib.hobbit_model_set_rule(self._handle, made_rule, error, len(error)), error)
 
+    def set_policy(self, policy: Policy) -> None:
+        """Evict by this policy from now on."""
+        native = ffi.new(
+            "struct hobbit_policy *",
+            {
+                "kind": getattr(lib, f"HOBBIT_POLICY_{policy.name.upper()}"),
+                "w_lru": policy.w_lru,
+                "w_lfu": policy.w_lfu,
+                "w_lhu": policy.w_lhu,
+                "w_fld": policy.w_fld,
+                "half_life": policy.half_life,
+                "low_cost": self._low_cost(),
+            },
+        )
+        error = error_buffer()
+        check(lib.hobbit_model_set_policy(self._handle, native, error, len(error)), error)
+
+    def set_prediction(self, prediction: Prediction) -> None:
+        """Predict so from now on."""
+        kind = getattr(lib, f"HOBBIT_PREDICT_{prediction.kind.upper()}")
+        native = ffi.new("struct hobbit_prediction *", [kind, prediction.depth, prediction.always])
+        error = error_buffer()
+        check(lib.hobbit_model_set_prediction(self._handle, native, error, len(error)), error)
+
+    def _low_cost(self) -> float:
+        """Bytes of low copies over those of high ones."""
+        layout = self.layout
+        low, high = (
+            sum(group.expert_bytes for group in groups)
+            for groups in (layout.low.groups if layout.low else (), layout.groups)
+        )
+        return low / high
+
+    def new_sequence(self) -> None:
+        """What comes now is another sequence."""
+        lib.hobbit_model_new_sequence(self._handle)
+
     def forget(self) -> None:
         """Drop every cached copy."""
         lib.hobbit_model_forget(self._handle)
@@ -290,6 +329,19 @@ class StreamedModel:
             yield
         finally:
             check(lib.hobbit_model_schedule_end(self._handle, error, len(error)), error)
+
+    @contextmanager
+    def trace(self, path: str, note: str, probs: bool) -> Iterator[None]:
+        """Record which experts the router chooses, with a note, and perhaps its probabilities."""
+        error, flags = error_buffer(), lib.HOBBIT_TRACE_PROBS if probs else 0
+        status = lib.hobbit_model_trace(
+            self._handle, path.encode(), note.encode(), flags, error, len(error)
+        )
+        check(status, error)
+        try:
+            yield
+        finally:
+            check(lib.hobbit_model_trace_end(self._handle, error, len(error)), error)
 
     @contextmanager
     def observe(self) -> Iterator[npt.NDArray[np.int64]]:

@@ -1,11 +1,13 @@
 /* Which copy of an expert is in which slot. An expert has a high copy and perhaps a low one, and each is cached by
  * itself. A pool has a bank of equal slots for each precision; the two banks share the pool's bytes: a slot takes its
- * bytes when it is filled and gives them back when it is emptied, so the mixture follows from what is asked for. A
+ * bytes when it is filled and gives them back when another needs them, so the mixture follows from what is asked for. A
  * copy of either kind costs its bytes to read again, so that the same order of eviction is right for both. The cache
  * knows numbers only: it never touches the slots' memory and does no I/O.
  *
  * A slot is FREE, LOADING (claimed, its bytes are the reader's) or READY. A pinned slot is never evicted; pins are
- * counted, and a LOADING slot has one. Not thread-safe: the model's lock covers it.
+ * counted, and a LOADING slot has one. What is known of an expert's uses is kept whether it is cached or not, until the
+ * next sequence. Who is evicted is the policy's matter; finding it takes O(log slots + layers), and nothing here
+ * allocates after hb_cache_new and hb_cache_set_policy. Not thread-safe: the model's lock covers it.
  */
 #ifndef HB_CACHE_H
 #define HB_CACHE_H
@@ -21,19 +23,9 @@ struct hb_key {
     int32_t group, expert, precision;
 };
 
-enum hb_slot_state { HB_SLOT_FREE, HB_SLOT_LOADING, HB_SLOT_READY };
-
-struct hb_slot {
-    enum hb_slot_state state;
-    int32_t pins;
-    bool kept; /* never evicted */
-    struct hb_key key; /* valid unless FREE */
-    struct hb_usage usage;
-};
-
 struct hb_cache;
 
-/* Called when the bytes of a slot are given back: its memory may go. */
+/* Called when a slot's memory is to be given back: the other bank wants it. */
 typedef void hb_cache_emptied(void *context, int32_t pool, int32_t precision, int32_t slot);
 
 /* Group g has experts_of_group[g] experts that live in pool_of_group[g]. NULL when memory is short. */
@@ -42,14 +34,23 @@ struct hb_cache *hb_cache_new(int32_t n_pools, const struct hobbit_pool *pools, 
                               hb_cache_emptied *emptied, void *context);
 void hb_cache_free(struct hb_cache *cache); /* NULL is fine */
 
+/* Evict by this policy from now on; LRU until then. False, and nothing is changed, when memory is short. */
+bool hb_cache_set_policy(struct hb_cache *cache, const struct hobbit_policy *policy);
+/* A layer's look-ups begin, of so many tokens. Groups follow one another in the order of the layers. */
+void hb_cache_begin(struct hb_cache *cache, int32_t group, int32_t n_tokens);
+/* A new sequence begins: the records of uses are forgotten, or aged where the policy says so. */
+void hb_cache_reset(struct hb_cache *cache);
+
 /* The slot (numbered within its bank) that holds the copy in READY state, or -1. */
 int32_t hb_cache_peek(const struct hb_cache *cache, struct hb_key key);
 /* The slot of the copy, LOADING or READY, or -1. */
 int32_t hb_cache_slot(const struct hb_cache *cache, struct hb_key key);
 /* Whether a claim would evict nothing. */
 bool hb_cache_has_room(const struct hb_cache *cache, struct hb_key key);
-/* As hb_cache_peek, and a hit is a use. */
-int32_t hb_cache_find(struct hb_cache *cache, struct hb_key key);
+/* As hb_cache_peek, and hit or miss it is a use by so many (token, expert) pairs. */
+int32_t hb_cache_find(struct hb_cache *cache, struct hb_key key, int32_t n_pairs);
+/* For HOBBIT_POLICY_FARTHEST: when the expert is used next. Set it while the expert is pinned or not cached. */
+void hb_cache_set_next_use(struct hb_cache *cache, struct hb_key key, uint64_t when);
 /* A slot for a copy that is not cached, LOADING from now on; evicts. -1 when what is not pinned has too few bytes. */
 int32_t hb_cache_claim(struct hb_cache *cache, struct hb_key key);
 void hb_cache_loaded(struct hb_cache *cache, struct hb_key key); /* LOADING -> READY, stays pinned */

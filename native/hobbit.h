@@ -48,6 +48,10 @@ enum hobbit_precision {
 
 enum { HOBBIT_SCORE_BINS = 1000 };
 
+enum hobbit_trace_flags {
+    HOBBIT_TRACE_PROBS = 1, /* the router's softmax over all experts too, where it is a softmax of a linear layer */
+};
+
 enum hobbit_source {
     HOBBIT_SOURCE_FILE   = 0,
     HOBBIT_SOURCE_MEMORY = 1,
@@ -121,6 +125,38 @@ struct hobbit_rule {
     int32_t per_token;     /* with deterministic: each pair gets its own need, not the strongest of the ubatch */
 };
 
+/* Who is evicted; the formulas are in native/policy.h. */
+enum hobbit_policy_kind {
+    HOBBIT_POLICY_LRU      = 0,
+    HOBBIT_POLICY_LFU      = 1,
+    HOBBIT_POLICY_LFRU     = 2,
+    HOBBIT_POLICY_LCU      = 3,
+    HOBBIT_POLICY_HOBBIT   = 4,
+    HOBBIT_POLICY_DECAY    = 5,
+    HOBBIT_POLICY_FARTHEST = 6, /* for simulations: Belady */
+};
+
+struct hobbit_policy {
+    int32_t kind;
+    float w_lru, w_lfu, w_lhu, w_fld; /* HOBBIT; DECAY uses w_fld */
+    float half_life;                  /* DECAY, in tokens */
+    float low_cost;                   /* LCU: bytes of a low copy over those of a high one */
+};
+
+/* Which experts the next layers will use. */
+enum hobbit_predict {
+    HOBBIT_PREDICT_NONE = 0,
+    HOBBIT_PREDICT_GATE = 1, /* the next layers' routers on this layer's input (HOBBIT, section 3.3) */
+    HOBBIT_PREDICT_MAP  = 2, /* what earlier tokens with a similar routing used (fMoE) */
+    HOBBIT_PREDICT_AUTO = 3, /* whichever is fastest */
+};
+
+struct hobbit_prediction {
+    int32_t kind;   /* enum hobbit_predict */
+    int32_t depth;  /* layers to look ahead at most */
+    int32_t always; /* else it is left out in tokens for which that was found to be faster */
+};
+
 struct hobbit_stats {
     uint64_t hits, misses, evictions; /* expert look-ups: one per distinct copy, layer and ubatch */
     uint64_t read_bytes;              /* bytes of expert data delivered, alignment padding excluded */
@@ -130,6 +166,7 @@ struct hobbit_stats {
     uint64_t scored, unscored;                    /* pairs with a score, and those whose gate weights are not seen */
     uint64_t promotions;                          /* high copies read although a low one was cached */
     uint64_t stand_ins;                           /* experts that needed high and got a low copy that is kept */
+    int32_t predictor;        /* enum hobbit_predict: in force now */
     uint64_t ahead, ahead_used; /* copies that prediction asked for, and those of them that were used in time */
     uint64_t ahead_bytes, ahead_wasted_bytes; /* read for predictions, and of that for copies never used */
     uint64_t stall_ns;   /* the computation waited for reads */
@@ -173,10 +210,23 @@ int32_t hobbit_model_set_rule(struct hobbit_model *model, const struct hobbit_ru
 int32_t hobbit_model_record(struct hobbit_model *model, const char *path, const char *note, char *err, size_t err_len);
 int32_t hobbit_model_replay(struct hobbit_model *model, const char *path, char *err, size_t err_len);
 int32_t hobbit_model_schedule_end(struct hobbit_model *model, char *err, size_t err_len); /* nothing open is fine */
+/* Write to a file which experts the router chooses from now on: the format is in docs/trace.md. `note` is the caller's,
+ * at the head of the file. For a model with a cache; one at a time, which ends the one before. */
+int32_t hobbit_model_trace(struct hobbit_model *model, const char *path, const char *note, uint32_t flags, char *err,
+                           size_t err_len);
+int32_t hobbit_model_trace_end(struct hobbit_model *model, char *err, size_t err_len); /* nothing open is fine */
 /* Read every low copy and keep it from now on. Then no computation under a rule that is not deterministic waits for a
  * read: where the high copy is missing the low one answers, and the high one is read in the background if it is asked
  * for again before as many others were as there is room for. */
 int32_t hobbit_model_keep_low(struct hobbit_model *model, char *err, size_t err_len);
+/* Evict by this policy from now on; a model starts with LRU. HOBBIT_ARG: a number makes no sense. */
+int32_t hobbit_model_set_policy(struct hobbit_model *model, const struct hobbit_policy *policy, char *err,
+                                size_t err_len);
+/* HOBBIT_ARG: a number makes no sense. */
+int32_t hobbit_model_set_prediction(struct hobbit_model *model, const struct hobbit_prediction *prediction, char *err,
+                                    size_t err_len);
+/* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. */
+void hobbit_model_new_sequence(struct hobbit_model *model);
 /* Drop every cached copy that is not kept, and read no more in advance. */
 void hobbit_model_forget(struct hobbit_model *model);
 /* How often each expert was looked up since the model was opened: [n_experts], of all groups in order. */

@@ -64,6 +64,17 @@ static void give_up_low(struct hobbit_model *m, struct hb_key key, bool with_low
     }
 }
 
+/* What was predicted is used. */
+static void count_used(struct hobbit_model *m, struct hb_load *load) {
+    atomic_fetch_add(&m->counters.ahead_used, load->ahead);
+    load->ahead = false;
+}
+
+static void count_ahead(struct hobbit_model *m, uint64_t bytes, bool wasted) {
+    atomic_fetch_add(&m->counters.ahead_bytes, wasted ? 0 : bytes);
+    atomic_fetch_add(&m->counters.ahead_wasted_bytes, wasted ? bytes : 0);
+}
+
 /* False when too much is pinned or under way. The copy has no slot yet. */
 bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool background) {
     const struct hb_group *group = &m->catalog.groups[key.group];
@@ -80,6 +91,9 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
         return false;
     }
     struct hb_load *load = &bank_of(m, key)->loads[slot];
+    if (load->ahead) { /* of what was here before, in vain */
+        count_ahead(m, m->catalog.groups[load->key.group].copies[load->key.precision].expert_bytes, true);
+    }
     *load = (struct hb_load) {.key = key, .slot = slot, .background = background, .nested = nested ? group : NULL,
                            .with_low = with_low, .data = slot_data(m, key, slot)};
     load->job.owner = load;
@@ -92,15 +106,26 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
         }
     }
     *(background ? &m->in_background : &m->in_foreground) += 1;
-    hb_reader_submit(m->reader, &load->job);
+    hb_reader_submit(m->reader, &load->job, background ? HB_AHEAD : HB_DEMAND);
     return true;
 }
 
-int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key) {
-    int32_t slot = hb_cache_find(m->cache, key);
+void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
+    if (group < m->pass.group || m->catalog.n_groups == 1) {
+        hb_model_note_pass(m, n_tokens);
+        hb_model_give_up(m, -1); /* of a pass that was broken off */
+    }
+    m->pass.group = group;
+    hb_model_unprotect(m, group);
+    hb_cache_begin(m->cache, group, n_tokens);
+}
+
+int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, int32_t n_pairs) {
+    int32_t slot = hb_cache_find(m->cache, key, n_pairs);
     m->used[hb_model_number(m, key)]++;
     if (slot >= 0) {
         hb_cache_pin(m->cache, key, true);
+        count_used(m, &bank_of(m, key)->loads[slot]);
         atomic_fetch_add(&m->counters.hits, 1);
     } else {
         atomic_fetch_add(&m->counters.misses, 1);
@@ -125,6 +150,8 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
     struct hb_load *load = &bank_of(m, key)->loads[claimed];
     if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
         load->background = false; /* wait for it after all */
+        count_used(m, load);
+        hb_reader_promote(m->reader, &load->job);
         m->in_background--;
         m->in_foreground++;
         return HB_FETCH_STARTED;
@@ -157,10 +184,13 @@ static void release_low(struct hobbit_model *m, const struct hb_load *load) {
 }
 
 /* False when the read failed. */
-static bool take_in(struct hobbit_model *m, const struct hb_load *load) {
+static bool take_in(struct hobbit_model *m, struct hb_load *load) {
     const struct hb_job *job = &load->job;
     if (load->nested != NULL) {
         release_low(m, load);
+    }
+    if (load->ahead) {
+        count_ahead(m, job->done, false);
     }
     if (job->error == 0) {
         hb_cache_loaded(m->cache, load->key);
@@ -171,6 +201,9 @@ static bool take_in(struct hobbit_model *m, const struct hb_load *load) {
             hb_model_read_failed(m, job->error, job->error_file, job->error_offset);
         }
         hb_cache_drop(m->cache, load->key);
+        count_ahead(m, load->ahead ? job->done : 0, true);
+        load->ahead = false;
+        atomic_fetch_add(&m->counters.read_low_bytes, load->key.precision == HOBBIT_LOW ? job->done : 0);
     }
     *(load->background ? &m->in_background : &m->in_foreground) -= 1;
     if (load->background && job->error == 0) {
@@ -222,7 +255,7 @@ struct hb_arrival hb_model_arrival(struct hobbit_model *m, bool wait) {
         if (job == NULL) {
             return (struct hb_arrival) {.key = {.expert = -1}};
         }
-        const struct hb_load *load = job->owner;
+        struct hb_load *load = job->owner;
         bool background = load->background, good = take_in(m, load);
         if (!background) {
             return (struct hb_arrival) {load->key, load->slot, !good};

@@ -49,7 +49,8 @@ int32_t hobbit_model_open(const struct hobbit_options *o, struct hobbit_model **
     enum hobbit_status status = hb_catalog_open(&m->catalog, o, err, err_len);
     if (status == HOBBIT_OK) {
         m->used = calloc((size_t) m->catalog.n_experts, sizeof *m->used);
-        status = m->used != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
+        m->routers = calloc((size_t) m->catalog.n_groups, sizeof *m->routers);
+        status = m->used != NULL && m->routers != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
     }
     if (status == HOBBIT_OK) {
         status = copy_extents(m, o);
@@ -196,15 +197,54 @@ int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *
     return status;
 }
 
+static bool makes_sense(const struct hobbit_policy *p) {
+    const float numbers[] = {p->w_lru, p->w_lfu, p->w_lhu, p->w_fld, p->low_cost};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (!(numbers[i] >= 0 && numbers[i] <= 1e6f)) {
+            return false;
+        }
+    }
+    return p->kind >= HOBBIT_POLICY_LRU && p->kind < HOBBIT_POLICY_FARTHEST &&
+           (p->kind != HOBBIT_POLICY_DECAY || (p->half_life >= 1 && p->half_life <= 1e6f));
+}
+
+int32_t hobbit_model_set_policy(struct hobbit_model *m, const struct hobbit_policy *policy, char *err,
+                                size_t err_len) {
+    if (m->cache == NULL || !makes_sense(policy)) {
+        snprintf(err, err_len, "the cache policy has a number that makes no sense");
+        return HOBBIT_ARG;
+    }
+    hb_model_lock(m);
+    bool good = hb_cache_set_policy(m->cache, policy);
+    hb_model_unlock(m);
+    if (!good) {
+        snprintf(err, err_len, "out of memory");
+        return HOBBIT_NOMEM;
+    }
+    return HOBBIT_OK;
+}
+
+void hobbit_model_new_sequence(struct hobbit_model *m) {
+    hb_model_lock(m);
+    if (m->cache != NULL) {
+        hb_cache_reset(m->cache);
+    }
+    hb_model_unlock(m);
+}
+
 void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
+        hb_model_give_up(m, -1);
         hb_cache_forget(m->cache);
         m->next_warm = m->n_warm;
         for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
             m->in_vain[i] = 0;
         }
         atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
+        if (m->trace != NULL) {
+            (void) hb_trace_forget(m->trace); /* the next event reports the error */
+        }
     }
     hb_model_unlock(m);
 }
@@ -233,8 +273,10 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->ranges);
     free(m->in_vain);
     (void) hb_schedule_close(m->schedule);
+    (void) hb_trace_close(m->trace);
     free(m->asked_at);
     free(m->used);
+    free(m->routers);
     free(m->warm);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);
@@ -259,6 +301,7 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .hits = atomic_load(&c->hits),
         .misses = atomic_load(&c->misses),
         .evictions = atomic_load(&c->evictions),
+        .predictor = hb_model_predictor(m, &(int32_t) {0}),
         .ahead = atomic_load(&c->ahead),
         .ahead_used = atomic_load(&c->ahead_used),
         .ahead_bytes = atomic_load(&c->ahead_bytes),

@@ -15,6 +15,7 @@
 #include "catalog.h"
 #include "hobbit.h"
 #include "reader.h"
+#include "trace.h"
 
 struct hb_counters {
     atomic_uint_fast64_t hits, misses, evictions, cached, stall_ns, compute_ns, splits, dense_bytes;
@@ -37,6 +38,15 @@ struct hb_gathered {
     int64_t *scores;
     float *const *sums;
     int64_t *const *counts;
+};
+
+/* The router of a layer; see router.h. Vectors are [n_expert], or NULL where there is none. */
+struct hb_router {
+    const float *matrix; /* [n_expert][n_embd]; NULL: not known */
+    const float *bias, *bias_of_choice; /* added to the products; added to p when the largest are chosen */
+    const float *norm; /* [n_embd] what its normalised input was multiplied with */
+    bool sigmoid;      /* p is a sigmoid, else the softmax */
+    int32_t n_embd, n_expert, n_used;
 };
 
 struct hb_arena {
@@ -83,13 +93,30 @@ int32_t hb_model_choose(struct hobbit_model *model, int32_t group, int32_t exper
 bool hb_model_schedule(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
                        int32_t *precisions);
 bool hb_model_has_schedule(const struct hobbit_model *model);
+struct hb_trace *hb_model_trace(const struct hobbit_model *model); /* what routing is written to, or NULL */
 bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is cached */
 /* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
 /* Between computations: take in what was read in the background, and start what is wanted so. */
 void hb_model_settle(struct hobbit_model *model);
-/* Count the look-up; a cached copy is pinned and its slot returned, else -1. */
-int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key);
+/* A layer's look-ups begin, of so many tokens. */
+void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
+/* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
+int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
+/* The router of a group's layer, for the caller to fill in; all zero until then. */
+struct hb_router *hb_model_router(struct hobbit_model *model, int32_t group);
+/* The predictor in force, HOBBIT_PREDICT_NONE or one that can be asked; and how many layers ahead it may look. */
+int32_t hb_model_predictor(const struct hobbit_model *model, int32_t *depth);
+/* What hb_model_choose would say now, without any consequence. */
+int32_t hb_model_expectation(const struct hobbit_model *model, int32_t group, int32_t expert, int32_t need);
+/* These copies, the likeliest first, will probably be used when the group is computed: those cached are protected until
+ * then, the others are read while nothing else is. Returns whether all are cached, which is to say that looking further
+ * ahead pays. */
+bool hb_model_expect(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
+                     const int32_t *precisions);
+/* The look-ups of this group are done: what was read for it and not asked for is not read to its end. -1: of any. */
+void hb_model_give_up(struct hobbit_model *model, int32_t group);
+
 enum hb_fetch {
     HB_FETCH_STARTED, /* it will arrive */
     HB_FETCH_READY,   /* it came with another copy meanwhile: it is pinned, in `*slot` */
@@ -106,7 +133,7 @@ struct hb_arrival {
 struct hb_arrival hb_model_arrival(struct hobbit_model *model, bool wait);
 void hb_model_release(struct hobbit_model *model, struct hb_key key);
 
-/* Give back the reads that have not begun: they arrive as failed, without an error. */
+/* Give back the reads that have not begun: they arrive as failed, without an error. Those in the background end too. */
 void hb_model_withdraw(struct hobbit_model *model);
 
 /* Copy part of a matrix stack from its file, past the cache. On failure the error is kept. */

@@ -6,11 +6,14 @@
 
 #include "model.h"
 #include "schedule.h"
+#include "trial.h"
+#include "trace.h"
 
 #define HB_DEFAULT_IO_THREADS 4
 #define HB_ERROR_BYTES 512
 /* At most so many high copies are promoted at a time: more would take memory bandwidth from the computation. */
 #define HB_MAX_BACKGROUND 1
+#define HB_MOST_EXPECTED 512
 
 /* The reading of one copy into one slot. */
 struct hb_load {
@@ -18,10 +21,17 @@ struct hb_load {
     struct hb_key key;
     int32_t slot;
     bool background; /* nobody waits for it */
+    bool ahead;      /* it was predicted, and has not been used yet */
     /* Of a nested high copy: the low one that it is made from, pinned; `with_low` when it is read by the same job. */
     const struct hb_group *nested;
     bool with_low;
     char *data, *low_data;
+};
+
+/* A copy that a layer to come will probably use. */
+struct hb_expected {
+    struct hb_key key;
+    bool pinned; /* it is cached, and stays so until that layer begins */
 };
 
 struct hb_bank {
@@ -54,6 +64,7 @@ struct hobbit_model {
     uint16_t *in_vain; /* one an expert: how often its high copy was needed since it was read last */
     struct hb_gathered gathered;
     struct hb_schedule *schedule; /* recorded or replayed, or NULL */
+    struct hb_trace *trace;       /* or NULL */
     bool low_kept;
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;
@@ -63,6 +74,16 @@ struct hobbit_model {
     int32_t in_foreground, in_background; /* reads under way that are waited for, and that are not */
     struct hb_key wanted[HB_MAX_BACKGROUND]; /* high copies to read in the background */
     int32_t n_wanted;
+    struct hb_expected expected[HB_MOST_EXPECTED];
+    int32_t n_expected;
+    struct hb_router *routers; /* one a group */
+    struct hobbit_prediction prediction;
+    struct hb_trial trial; /* of predictors */
+    struct {
+        int32_t group;  /* computed last */
+        uint64_t start; /* of its first layer, ns */
+        bool single;    /* it is of one token */
+    } pass;
     pthread_mutex_t lock;       /* see model.h */
     pthread_mutex_t error_lock; /* guards `error` */
     char error[HB_ERROR_BYTES];
@@ -74,6 +95,10 @@ struct hobbit_model {
 bool hb_model_start_read(struct hobbit_model *model, struct hb_key key, bool background);
 /* Start those of the warm list that there is room for, a few at a time. */
 void hb_model_warm_on(struct hobbit_model *model);
+/* Protect no more what is expected of the group; -1: of any. */
+void hb_model_unprotect(struct hobbit_model *model, int32_t group);
+/* A pass through the layers begins: see trial.h. */
+void hb_model_note_pass(struct hobbit_model *model, int32_t n_tokens);
 /* Keep a sentence about a failed read; `error` as in struct hb_job. */
 void hb_model_read_failed(struct hobbit_model *model, int error, int32_t file, uint64_t offset);
 

@@ -6,11 +6,13 @@
 #include "ggml-impl.h"
 #include "model.h"
 #include "precision.h"
+#include "predict.h"
 #include "replica.h"
 #include "routing.h"
 #include "segment.h"
 #include "shape.h"
 #include "substitute.h"
+#include "tracing.h"
 
 /* Above this, ggml's table of stack depth x pairs costs more than gathering does. */
 #define IN_PLACE_TABLE_ENTRIES ((int64_t) 4 << 20)
@@ -27,6 +29,7 @@ struct hb_moe {
     struct hb_replicas replicas;
     struct hb_block batch;  /* pointers to the experts of one batch */
     struct hb_block scores;
+    struct hb_block forecast;
 };
 
 struct hb_moe *hb_moe_new(void) {
@@ -62,6 +65,7 @@ void hb_moe_free(struct hb_moe *moe) {
         hb_block_free(&moe->routing.memory);
         hb_block_free(&moe->batch);
         hb_block_free(&moe->scores);
+        hb_block_free(&moe->forecast);
         hb_block_free(&moe->work);
         drop_threads(moe);
         hb_replicas_free(&moe->replicas);
@@ -111,6 +115,7 @@ static struct hb_key key_of(const struct wave *w, const struct hb_routed *e) {
 
 static void look_up(struct wave *w) {
     struct hobbit_model *model = w->segment->model;
+    hb_model_begin(model, w->segment->group, (int32_t) w->moe->routing.n_tokens);
     for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
         struct hb_routed *e = &w->moe->routing.experts[i];
         atomic_fetch_add(&hb_model_counters(model)->pairs[e->precision], (uint64_t) e->n_pairs);
@@ -120,7 +125,7 @@ static void look_up(struct wave *w) {
             w->skipped++;
             continue;
         }
-        e->slot = hb_model_look_up(model, key_of(w, e));
+        e->slot = hb_model_look_up(model, key_of(w, e), e->n_pairs);
         e->state = e->slot >= 0 ? READY : MISSING;
         w->ready += e->slot >= 0;
     }
@@ -300,6 +305,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
         hb_model_fail(s->model, "the router chose an expert that does not exist, or memory is short");
         return GGML_STATUS_FAILED;
     }
+    if (!hb_tracing_write(&moe->scores, s)) {
+        return GGML_STATUS_FAILED;
+    }
     if (!hb_replicas_begin(&moe->replicas, s, &moe->routing)) {
         hb_model_fail(s->model, "an expert layer of this model has more inputs than hobbit can handle");
         return GGML_STATUS_FAILED;
@@ -310,6 +318,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     }
     struct wave wave = {.moe = moe, .segment = s};
     look_up(&wave);
+    fetch(&wave);
+    hb_model_give_up(s->model, s->group);
+    hb_predict(&moe->forecast, s);
     enum ggml_status status = fits_in_place(&wave) ? compute_in_place(&wave) : compute_in_batches(&wave);
     drain(&wave);
     return status;

@@ -10,11 +10,15 @@
 #define BLOCK ((size_t) 2 << 20)
 #define BOUNCE_BYTES (BLOCK + 2 * HB_PAGE)
 
+struct queue {
+    struct hb_job *head, *tail;
+};
+
 struct hb_reader {
     pthread_mutex_t lock; /* guards everything below but the threads; never held over I/O */
     pthread_cond_t work, done;
-    struct hb_job *queue_head, *queue_tail;    /* jobs with blocks not yet taken */
-    struct hb_job *finished_head, *finished_tail;
+    struct queue waiting[2]; /* by urgency: jobs with blocks not yet taken */
+    struct queue finished;
     int32_t under_way; /* submitted and not yet collected */
     bool stopping;
     pid_t pid; /* of the process that has the threads */
@@ -29,20 +33,29 @@ struct block {
     size_t position, length;
 };
 
-static void append(struct hb_job **head, struct hb_job **tail, struct hb_job *job) {
+static void append(struct queue *queue, struct hb_job *job) {
     job->next = NULL;
-    if (*head == NULL) {
-        *head = job;
-    } else {
-        (*tail)->next = job;
-    }
-    *tail = job;
+    job->previous = queue->tail;
+    *(queue->tail != NULL ? &queue->tail->next : &queue->head) = job;
+    queue->tail = job;
 }
 
-/* Caller holds the lock and the queue is not empty. Block boundaries fall on aligned file offsets, so that
- * neighbouring direct reads of one piece do not overlap in memory. */
-static struct block take_block(struct hb_reader *r) {
-    struct hb_job *job = r->queue_head;
+static void take_out(struct queue *queue, struct hb_job *job) {
+    *(job->previous != NULL ? &job->previous->next : &queue->head) = job->next;
+    *(job->next != NULL ? &job->next->previous : &queue->tail) = job->previous;
+}
+
+static bool is_waiting(const struct hb_job *job) {
+    return job->piece < job->n_pieces;
+}
+
+static struct hb_job *first_waiting(const struct hb_reader *r) {
+    return r->waiting[HB_DEMAND].head != NULL ? r->waiting[HB_DEMAND].head : r->waiting[HB_AHEAD].head;
+}
+
+/* Caller holds the lock, and the job waits. Block boundaries fall on aligned file offsets, so that neighbouring
+ * direct reads of one piece do not overlap in memory. */
+static struct block take_block(struct hb_reader *r, struct hb_job *job) {
     const struct hb_piece *piece = &job->pieces[job->piece];
     size_t to_boundary = BLOCK - (size_t) ((piece->offset + job->position) % HB_PAGE);
     size_t left = piece->length - job->position;
@@ -53,8 +66,8 @@ static struct block take_block(struct hb_reader *r) {
         job->position = 0;
         job->piece++;
     }
-    if (job->piece == job->n_pieces) {
-        r->queue_head = job->next;
+    if (!is_waiting(job)) {
+        take_out(&r->waiting[job->urgency], job);
     }
     return block;
 }
@@ -90,9 +103,10 @@ static bool finish_block(struct hb_reader *r, const struct block *b, int error) 
         job->error_file = b->piece->file_index;
         job->error_offset = b->piece->offset + b->position;
     }
+    job->done += error == 0 ? b->length : 0;
     r->bytes += error == 0 ? b->length : 0;
     r->calls++;
-    return --job->blocks_pending == 0 && job->piece == job->n_pieces;
+    return --job->blocks_pending == 0 && !is_waiting(job);
 }
 
 /* Caller holds the lock. */
@@ -102,7 +116,7 @@ static void finish_job(struct hb_reader *r, struct hb_job *job) {
         job->finish(job);
         pthread_mutex_lock(&r->lock);
     }
-    append(&r->finished_head, &r->finished_tail, job);
+    append(&r->finished, job);
     pthread_cond_signal(&r->done);
 }
 
@@ -114,18 +128,19 @@ static void *worker(void *argument) {
     }
     pthread_mutex_lock(&r->lock);
     for (;;) {
-        while (r->queue_head == NULL && !r->stopping) {
+        struct hb_job *job;
+        while ((job = first_waiting(r)) == NULL && !r->stopping) {
             pthread_cond_wait(&r->work, &r->lock);
         }
-        if (r->queue_head == NULL) {
+        if (job == NULL) {
             break;
         }
-        struct block block = take_block(r);
+        struct block block = take_block(r, job);
         pthread_mutex_unlock(&r->lock);
         int error = block.piece->bounce && bounce == NULL ? ENOMEM : read_block(&block, bounce);
         pthread_mutex_lock(&r->lock);
         if (finish_block(r, &block, error)) {
-            finish_job(r, block.job);
+            finish_job(r, job);
         }
     }
     pthread_mutex_unlock(&r->lock);
@@ -175,51 +190,96 @@ void hb_reader_close(struct hb_reader *r) {
     free(r);
 }
 
-void hb_reader_submit(struct hb_reader *r, struct hb_job *job) {
+/* Not more threads than there are blocks. The caller has given the lock back: a thread that wakes up on the
+ * submitter's core would take it only to wait for the lock. */
+static void wake_workers(struct hb_reader *r, const struct hb_job *job) {
+    size_t n_blocks = 0;
+    for (int32_t i = 0; i < job->n_pieces; i++) {
+        n_blocks += 1 + job->pieces[i].length / BLOCK;
+    }
+    if (n_blocks >= (size_t) r->n_threads) {
+        pthread_cond_broadcast(&r->work);
+        return;
+    }
+    for (; n_blocks > 0; n_blocks--) {
+        pthread_cond_signal(&r->work);
+    }
+}
+
+void hb_reader_submit(struct hb_reader *r, struct hb_job *job, enum hb_urgency urgency) {
     job->error = 0;
+    job->urgency = urgency;
     job->piece = 0;
     job->position = 0;
+    job->done = 0;
     job->blocks_pending = 0;
+    bool forked = r->pid != getpid();
+    if (forked) {
+        job->error = HB_FORKED;
+        job->piece = job->n_pieces;
+    }
     pthread_mutex_lock(&r->lock);
     r->under_way++;
-    if (r->pid != getpid()) {
-        job->error = HB_FORKED;
-        append(&r->finished_head, &r->finished_tail, job);
-    } else {
-        append(&r->queue_head, &r->queue_tail, job);
-        pthread_cond_broadcast(&r->work);
-    }
+    append(forked ? &r->finished : &r->waiting[urgency], job);
     pthread_mutex_unlock(&r->lock);
+    if (!forked) {
+        wake_workers(r, job);
+    }
 }
 
 struct hb_job *hb_reader_next(struct hb_reader *r, bool wait) {
     pthread_mutex_lock(&r->lock);
-    while (wait && r->finished_head == NULL && r->under_way > 0) {
+    while (wait && r->finished.head == NULL && r->under_way > 0) {
         pthread_cond_wait(&r->done, &r->lock);
     }
-    struct hb_job *job = r->finished_head;
+    struct hb_job *job = r->finished.head;
     if (job != NULL) {
-        r->finished_head = job->next;
+        take_out(&r->finished, job);
         r->under_way--;
     }
     pthread_mutex_unlock(&r->lock);
     return job;
 }
 
+void hb_reader_promote(struct hb_reader *r, struct hb_job *job) {
+    pthread_mutex_lock(&r->lock);
+    if (is_waiting(job) && job->urgency == HB_AHEAD) {
+        take_out(&r->waiting[HB_AHEAD], job);
+        job->urgency = HB_DEMAND;
+        append(&r->waiting[HB_DEMAND], job);
+    }
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* Caller holds the lock, and the job waits. An error that a block met before gives way: the job's end is of no
+ * interest any more. */
+static void cancel(struct hb_reader *r, struct hb_job *job) {
+    take_out(&r->waiting[job->urgency], job);
+    job->piece = job->n_pieces;
+    job->error = ECANCELED;
+    if (job->blocks_pending == 0) {
+        append(&r->finished, job);
+    }
+}
+
+void hb_reader_cancel(struct hb_reader *r, struct hb_job *job) {
+    pthread_mutex_lock(&r->lock);
+    if (is_waiting(job)) {
+        cancel(r, job);
+    }
+    pthread_mutex_unlock(&r->lock);
+}
+
 void hb_reader_withdraw(struct hb_reader *r) {
     pthread_mutex_lock(&r->lock);
-    struct hb_job *job = r->queue_head, *begun = NULL;
-    if (job != NULL && (job->piece > 0 || job->position > 0)) {
-        begun = job;
-        job = job->next;
-        begun->next = NULL;
-    }
-    r->queue_head = r->queue_tail = begun;
-    while (job != NULL) {
-        struct hb_job *next = job->next;
-        job->error = ECANCELED;
-        append(&r->finished_head, &r->finished_tail, job);
-        job = next;
+    for (int urgency = HB_DEMAND; urgency <= HB_AHEAD; urgency++) {
+        for (struct hb_job *job = r->waiting[urgency].head, *next; job != NULL; job = next) {
+            next = job->next;
+            bool begun = job->piece > 0 || job->position > 0;
+            if (urgency == HB_AHEAD || !begun) {
+                cancel(r, job);
+            }
+        }
     }
     pthread_mutex_unlock(&r->lock);
 }

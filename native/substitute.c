@@ -1,68 +1,10 @@
 #include "substitute.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "model.h"
+#include "router.h"
 #include "shape.h"
-
-#define SEARCH_DEPTH 12
-#define PROBS "ffn_moe_probs"
-
-/* The softmax over all experts that the gate weights are taken from, by way of first operands. */
-static const struct ggml_tensor *find_probs(const struct ggml_tensor *weights) {
-    for (int i = 0; weights != NULL && i < SEARCH_DEPTH; i++) {
-        if (weights->op == GGML_OP_SOFT_MAX && strncmp(weights->name, PROBS, sizeof PROBS - 1) == 0) {
-            return weights;
-        }
-        weights = weights->src[0];
-    }
-    return NULL;
-}
-
-struct router {
-    const struct ggml_tensor *matrix; /* F32 [n_embd, n_expert] */
-    const struct ggml_tensor *input;  /* F32 [n_embd, n_tokens]: the experts' too, so that it is still there */
-};
-
-static bool find_router(const struct hb_segment *s, struct router *router) {
-    const struct ggml_tensor *probs = find_probs(s->weights);
-    const struct ggml_tensor *logits = probs != NULL ? probs->src[0] : NULL;
-    if (logits == NULL || logits->op != GGML_OP_MUL_MAT ||
-        logits->src[0]->type != GGML_TYPE_F32 || logits->src[1]->type != GGML_TYPE_F32) {
-        return false;
-    }
-    *router = (struct router) {logits->src[0], logits->src[1]};
-    return true;
-}
-
-static const float *row(const struct ggml_tensor *t, int64_t i) {
-    return (const float *) ((const char *) t->data + (size_t) i * t->nb[1]);
-}
-
-/* Writes z and the softmax of it; returns max z - min z. */
-static float route(const struct router *router, int64_t token, float *z, float *p) {
-    int64_t n_embd = router->matrix->ne[0], n_expert = router->matrix->ne[1];
-    const float *x = row(router->input, token);
-    float most = -INFINITY, least = INFINITY;
-    for (int64_t e = 0; e < n_expert; e++) {
-        const float *w = row(router->matrix, e);
-        z[e] = 0;
-        for (int64_t i = 0; i < n_embd; i++) {
-            z[e] += w[i] * x[i];
-        }
-        most = z[e] > most ? z[e] : most;
-        least = z[e] < least ? z[e] : least;
-    }
-    float sum = 0;
-    for (int64_t e = 0; e < n_expert; e++) {
-        sum += p[e] = expf(z[e] - most);
-    }
-    for (int64_t e = 0; e < n_expert; e++) {
-        p[e] /= sum;
-    }
-    return most - least;
-}
 
 static int32_t best(const float *z, int64_t n) {
     int32_t at = 0;
@@ -70,6 +12,15 @@ static int32_t best(const float *z, int64_t n) {
         at = z[e] > z[at] ? e : at;
     }
     return at;
+}
+
+static float range(const float *z, int64_t n) {
+    float most = z[0], least = z[0];
+    for (int64_t e = 1; e < n; e++) {
+        most = z[e] > most ? z[e] : most;
+        least = z[e] < least ? z[e] : least;
+    }
+    return most - least;
 }
 
 /* The selected experts' gate weights, scaled as the old ones were: to the same sum, or not at all. */
@@ -92,25 +43,30 @@ static void replace(const struct hb_segment *s, int64_t token, const float *p, c
 }
 
 bool hb_substitute(struct hb_block *memory, const struct hb_segment *s) {
-    struct router router;
+    struct hb_router router;
+    const struct ggml_tensor *input;
     float lambda = hb_model_rule(s->model)->substitute;
     if (lambda <= 0) {
         return true;
     }
-    if (!find_router(s, &router) || s->ids->ne[0] > 512) {
+    if (!hb_router_find(s, &router, &input) || router.sigmoid || router.bias_of_choice != NULL ||
+        s->weights == NULL || s->ids->ne[0] > 512) {
         hb_model_fail(s->model, "cache-aware substitution needs a router that is a softmax of a linear layer");
         return false;
     }
-    size_t n_expert = (size_t) router.matrix->ne[1];
-    if (!hb_block_reserve(memory, 3 * hb_block_round(n_expert * sizeof(float)))) {
+    size_t n_expert = (size_t) router.n_expert;
+    if (!hb_block_reserve(memory, 4 * hb_block_round(n_expert * sizeof(float)))) {
         hb_model_fail(s->model, "memory is short");
         return false;
     }
     float *z = hb_block_take(memory, n_expert * sizeof(float));
     float *p = hb_block_take(memory, n_expert * sizeof(float));
+    float *choice = hb_block_take(memory, n_expert * sizeof(float));
     int32_t *chosen = hb_block_take(memory, n_expert * sizeof(int32_t));
     for (int64_t token = 0; token < s->ids->ne[1]; token++) {
-        float bonus = lambda * hb_model_mean_range(s->model, s->group, route(&router, token, z, p));
+        hb_router_logits(&router, hb_router_row(input, token), z);
+        float bonus = lambda * hb_model_mean_range(s->model, s->group, range(z, (int64_t) n_expert));
+        hb_router_probs(&router, z, p, choice);
         chosen[0] = best(z, (int64_t) n_expert);
         for (size_t e = 0; e < n_expert; e++) {
             z[e] += hb_model_has(s->model, (struct hb_key) {s->group, (int32_t) e, HOBBIT_HIGH}) ? bonus : 0;
