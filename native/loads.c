@@ -148,7 +148,7 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
         return hb_model_start_read(m, key, false) ? HB_FETCH_STARTED : HB_FETCH_WAIT;
     }
     struct hb_load *load = &bank_of(m, key)->loads[claimed];
-    if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
+    if (load->background && !load->cancelled && load->key.expert == key.expert && load->key.group == key.group) {
         load->background = false; /* wait for it after all */
         count_used(m, load);
         hb_reader_promote(m->reader, &load->job);
@@ -156,7 +156,7 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
         m->in_foreground++;
         return HB_FETCH_STARTED;
     }
-    return HB_FETCH_WAIT; /* a low copy that is being read with its high one */
+    return HB_FETCH_WAIT; /* a low copy that is being read with its high one, or a read that was given up */
 }
 
 static void count_arrival(struct hobbit_model *m, struct hb_key key, bool background) {

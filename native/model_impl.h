@@ -22,6 +22,7 @@ struct hb_load {
     int32_t slot;
     bool background; /* nobody waits for it */
     bool ahead;      /* it was predicted, and has not been used yet */
+    bool cancelled;  /* it will arrive as failed: too late to wait for it */
     /* Of a nested high copy: the low one that it is made from, pinned; `with_low` when it is read by the same job. */
     const struct hb_group *nested;
     bool with_low;
@@ -77,6 +78,7 @@ struct hobbit_model {
     struct hb_expected expected[HB_MOST_EXPECTED];
     int32_t n_expected;
     struct hb_router *routers; /* one a group */
+    struct hb_forecast *forecast; /* NULL: not wanted */
     struct hobbit_prediction prediction;
     struct hb_trial trial; /* of predictors */
     struct {
