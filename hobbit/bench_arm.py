@@ -61,8 +61,8 @@ class Job:
     warm_up: int  # before: a pass with so many tokens decoded after the prompt; -1: none
 
 
-class Failed(Exception):
-    """What the parent is to say."""
+class UsageError(Exception):
+    """What the parent raises as its own of this name."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _tokens(llm: Any, job: Job) -> Tokens:
         return random.integers(0, llm.n_vocab(), count, np.int32)
     tokens = llm.tokenize(Path(job.text).read_bytes())
     if len(tokens) < count:
-        raise Failed(
+        raise UsageError(
             f"{job.text} has {len(tokens)} tokens and {count} are needed: name a longer text with "
             "--text, or take --text random"
         )
@@ -222,7 +222,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the parent decides what it means
-        told = isinstance(error, Failed) or type(error).__module__ == "hobbit.errors"
+        told = isinstance(error, UsageError) or type(error).__module__ == "hobbit.errors"
         message = str(error) if told else f"{type(error).__name__}: {error}"
         result = {"error": " ".join(message.split()), "kind": type(error).__name__}
     json.dump(result, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -186,8 +187,9 @@ def cap_bytes(text: str, model_bytes: int) -> int:
             share = 0.0
         if not 0 < share < 100:
             raise UsageError(f"{text!r} is not a share of the model: write it like 55%model")
-        return int(share * model_bytes)
-    if text == "auto":
+        # A cgroup's limit is whole pages.
+        return int(share * model_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if text.strip() == "auto":
         raise UsageError("--memory auto: a benchmark's cap is a size, 50%, 55%model or none")
     return resolve_cap(text).bytes
 

@@ -18,6 +18,8 @@ NATIVE = ROOT / "native"
 IMPORTS: dict[str, set[str]] = {
     # Leaves: no word of the others.
     "_log": set(),
+    "bench_arm": set(),
+    "bench_disk": set(),
     "cpus": set(),
     "errors": set(),
     "folders": set(),
@@ -69,14 +71,22 @@ IMPORTS: dict[str, set[str]] = {
     "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
     "forced": {"errors", "llama", "rule", "stats"},
     "search": {"calibration", "rule"},
+    # What it is compared with, and how fast it is.
+    "bench": {"bench_disk", "cgroup", "errors", "gguf_file", "layout", "memory", "sizes"},
+    "bench_options": {
+        "bench", "bench_rows", "calibration", "errors", "layout", "memory", "options", "quality",
+        "sizes", "texts",
+    },
+    "bench_rows": {"bench", "cpus", "sizes"},
+    "cgroup": {"errors"},
     # What a person touches.
     "__init__": {"errors", "llama"},
     "__main__": {"cli"},
     "cli": {
-        "calibrate", "calibration", "choices", "demo", "errors", "evaluate", "fingerprint",
-        "forced", "generate", "gguf_file", "hub", "importance", "layout", "llama", "low_file",
-        "low_writer", "memory", "modes", "nested", "options", "plot", "prepare", "quality",
-        "render", "report", "rule", "sizes", "stock", "texts", "verify",
+        "bench", "bench_options", "bench_rows", "calibrate", "calibration", "choices", "demo",
+        "errors", "evaluate", "fingerprint", "forced", "generate", "gguf_file", "hub", "importance",
+        "layout", "llama", "low_file", "low_writer", "memory", "modes", "nested", "options", "plot",
+        "prepare", "quality", "render", "report", "rule", "sizes", "stock", "texts", "verify",
     },
     "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
@@ -91,9 +101,19 @@ THIRD_PARTY: dict[str, set[str]] = {
     "ctypes": {"_log"},
     "gguf": {"demo", "importance"},
     "huggingface_hub": {"hub"},
-    "llama_cpp": {"_log", "_native", "forced", "generate", "llama", "stock", "streamed"},
+    "llama_cpp": {
+        "_log",
+        "_native",
+        "bench_arm",
+        "forced",
+        "generate",
+        "llama",
+        "stock",
+        "streamed",
+    },
     "matplotlib": {"plot"},
     "numpy": {
+        "bench_arm",
         "demo",
         "evaluate",
         "forced",
