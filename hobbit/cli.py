@@ -787,7 +787,7 @@ def _evaluate(options: EvalOptions) -> int:
 def bench(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Paths of .gguf files, or demo (the default)."),
+        typer.Argument(metavar="MODEL", help="Paths of .gguf files, or demo (the default)."),
     ] = None,
     model: Annotated[
         list[str] | None, _flag("-m", "--model", help="MODEL, as a flag (repeatable).")
@@ -797,8 +797,8 @@ def bench(
         _flag(
             "-p",
             "--n-prompt",
-            help="Tokens of the prompt; of this and the next few "
-            "several, with commas or as 128-512*2.",
+            help="Tokens of the prompt. Of this, -n, -d, -b, -ub, -ctk, -ctv and -t several may be "
+            "given: 128,512 or 128-512*2.",
         ),
     ] = "512",
     n_gen: Annotated[

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import edge_bench
 import pytest
+import quality_speed
 import tiny
+
+from hobbit.bench import Case
+from hobbit.gguf_file import open_gguf
+from hobbit.layout import build_layout
+from hobbit.low_file import low_path
+from hobbit.prepare import make_low
+from hobbit.rule import Rule
 
 needs_plots = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
@@ -65,3 +74,26 @@ def test_the_arms_of_the_suite() -> None:
     assert "fast" not in [
         a.name for a in edge_bench.arms(edge_bench.Subject("o", "o", Path(), ""), 0)
     ]
+
+
+@needs_plots
+def test_the_inflated_demo_gets_the_demos_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.make_text_model(tmp_path / "m.gguf", arch="olmoe")
+    make_low(build_layout(open_gguf(model)), low_path(open_gguf(model)), "q4_0")
+    small = replace(edge_bench.MODELS["demo"], file=model.name)
+    monkeypatch.setitem(edge_bench.MODELS, "demo", small)
+    monkeypatch.setitem(quality_speed.MODELS, "demo", small)
+    rules = {"fast": Rule(0.0, 0.5)}
+    monkeypatch.setattr(quality_speed, "calibrated_rules", lambda *_: (rules, "by a test"))
+    monkeypatch.setattr(edge_bench, "CASE", Case(16, 8))
+    asked = ["--only", "demo", "--runs", "1", "--threads", "1", "--memory", "none"]
+    asked += ["--models-dir", str(tmp_path), "--disks", "none", "--out", str(tmp_path / "out")]
+    assert edge_bench.main(asked) == 0
+    report = Path(capsys.readouterr().out.strip())
+    (part,) = json.loads(report.with_suffix(".json").read_text())["parts"]
+    decoding = {row["mode"]: row["samples"][0] for row in part["rows"] if row["n_gen"]}
+    assert list(decoding) == ["exact", "fast", "stock-mmap", "stock"]
+    assert decoding["fast"]["quality"] == "rule"
+    assert "by a test" in part["note"] and part["note"] in report.read_text()
