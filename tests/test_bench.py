@@ -123,6 +123,39 @@ def test_what_does_not_fit_has_no_roofline(model: Path, monkeypatch: pytest.Monk
     assert table[-1].rstrip(" |").endswith("-")
 
 
+def test_limits_page_cache_and_warm_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each run gets: the cgroup's limits, whether files are dropped first, how it is warmed."""
+    seen: list[tuple[Any, ...]] = []
+    dropped: list[Path] = []
+
+    def record(group: cgroup.Group, script: str, job: str) -> CompletedProcess[str]:
+        fields = json.loads(job)
+        seen.append((len(dropped), fields["warm_up"], fields["arguments"]))
+        dropped.clear()
+        return CompletedProcess([], 0, json.dumps(fake_sample(1.0, [1.0])), "")
+
+    def limits(*given: Any) -> cgroup.Group:
+        seen.append(given[:2])
+        return cgroup.Group()
+
+    monkeypatch.setattr(bench, "_run", record)
+    monkeypatch.setattr(bench, "limited", limits)
+    monkeypatch.setattr(bench, "drop_from_page_cache", dropped.append)
+    warm = setup(model, read_bps=5 << 20, low=(Path("low"),))
+    cold = setup(model, warm=False)
+    case, capped = Case(24, 30), Arm("fast", arguments={"quality": "fast"}, cap=1 << 30)
+    run_arm(warm, case, capped, 0)
+    run_arm(warm, case, Arm("stock", "stock"), 0)
+    run_arm(warm, case, Arm("resident"), 0)
+    run_arm(cold, case, Arm("exact"), 0)
+    assert seen == [
+        (1 << 30, 5 << 20), (2, 8, {"memory": 1 << 30, "quality": "fast"}),
+        (0, 5 << 20), (0, 8, {}),
+        (0, 0), (0, 30, {"memory": "auto"}),
+        (0, 0), (1, -1, {"memory": "auto"}),
+    ]  # fmt: skip
+
+
 def test_an_arm_that_does_less_says_so(model: Path) -> None:
     s = setup(model, Arm("exact"), Arm("stock", "stock", less={"n_prompt": 0, "n_gen": 2}))
     found = rows(measure(s, lambda text: None))
