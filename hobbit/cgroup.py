@@ -18,6 +18,8 @@ from types import TracebackType
 from .errors import CapUnavailable
 
 ROOT = Path("/sys/fs/cgroup")
+# Joins the groups whose members are listed in the files before --, and becomes what is after it.
+_JOIN = 'while [ "$1" != -- ]; do echo $$ >"$1" || exit 1; shift; done; shift; exec "$@"'
 _NO_CAP = "or leave out the memory cap and the read limit"
 
 
@@ -28,21 +30,14 @@ class Group:
         self, command: Sequence[str], *, stderr: int | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the group and return what it printed."""
-        return subprocess.run(
-            self.command(command),
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            check=False,
-            preexec_fn=self._join,
+        done = subprocess.run(
+            self.command(command), stdout=subprocess.PIPE, stderr=stderr, text=True, check=False
         )
+        return subprocess.CompletedProcess([*command], done.returncode, done.stdout, done.stderr)
 
     def command(self, command: Sequence[str]) -> list[str]:
         """Return what is executed to run the command in the group."""
         return [*command]
-
-    def _join(self) -> None:
-        """Called in the new process before it becomes the command."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -139,9 +134,10 @@ class MemoryGroup(Group):
         else:
             (self.path / "io.max").write_text(f"{disk} rbps={self.read_bps}")
 
-    def _join(self) -> None:
-        for path in self.paths:
-            (path / "cgroup.procs").write_text(str(os.getpid()))
+    def command(self, command: Sequence[str]) -> list[str]:
+        # Not a preexec_fn: Python loses a Ctrl-C that comes while it forks for one.
+        members = [str(path / "cgroup.procs") for path in self.paths]
+        return ["sh", "-c", _JOIN, "sh", *members, "--", *command]
 
     @property
     def peak_bytes(self) -> int | None:

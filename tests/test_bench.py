@@ -124,7 +124,7 @@ def test_what_does_not_fit_has_no_roofline(model: Path, monkeypatch: pytest.Monk
 
 
 def test_limits_page_cache_and_warm_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each run gets: the cgroup's limits, whether files are dropped first, how it is warmed."""
+    """What a run gets: its cgroup's limits, files dropped or not, a pass to warm up."""
     seen: list[tuple[Any, ...]] = []
     dropped: list[Path] = []
 

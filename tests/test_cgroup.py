@@ -37,8 +37,9 @@ def test_version_2(root: Path, tmp_path: Path) -> None:
         assert group.peak_bytes is None
         (group.path / "memory.peak").write_text("12345\n")
         assert group.peak_bytes == 12345
-        group._join()
-        assert (group.path / "cgroup.procs").read_text() == str(os.getpid())
+        done = group.run(["sh", "-c", "echo $$"])
+        assert (group.path / "cgroup.procs").read_text() == done.stdout
+        assert done.args == ["sh", "-c", "echo $$"]
 
 
 def test_version_1(root: Path, tmp_path: Path) -> None:
@@ -48,6 +49,10 @@ def test_version_1(root: Path, tmp_path: Path) -> None:
         limit = root / "blkio" / group.path.name / "blkio.throttle.read_bps_device"
         assert limit.read_text() == "254:0 500"
         assert not (group.path / "memory.limit_in_bytes").exists()
+        done = group.run(["sh", "-c", "echo $$; exit 3"])
+        members = [(path / "cgroup.procs").read_text() for path in group.paths]
+        assert members == [done.stdout] * 2
+        assert done.returncode == 3
     with MemoryGroup(1 << 30) as group:
         assert (group.path / "memory.limit_in_bytes").read_text() == str(1 << 30)
 
