@@ -229,7 +229,7 @@ INCLUDES: dict[str, set[str]] = {
 GGML: dict[str, set[str]] = {
     "ggml-backend-impl.h": {"backend.c"},
     "ggml-backend.h": {"context_memory.cpp", "segment.c"},
-    "ggml-cpu.h": {"moe.c", "router.c"},
+    "ggml-cpu.h": {"moe.c"},
     "ggml-impl.h": {"moe.c", "segment.c"},
     "ggml.h": {"moe.h", "quantize.c", "routing.h", "segment.h", "shape.h"},
     "llama-ext.h": {"context_memory.cpp"},
