@@ -162,6 +162,10 @@ void hb_model_note_pass(struct hobbit_model *m, int32_t n_tokens) {
     m->pass.single = n_tokens == 1;
 }
 
+int32_t hb_model_last_rows(const struct hobbit_model *m) {
+    return m->pass.last_rows;
+}
+
 struct hb_router *hb_model_routers(struct hobbit_model *m) {
     return m->routers;
 }

@@ -116,6 +116,7 @@ void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
         hb_model_give_up(m, -1); /* of a pass that was broken off */
     }
     m->pass.group = group;
+    m->pass.last_rows = group + 1 == m->catalog.n_groups ? n_tokens : m->pass.last_rows;
     hb_model_unprotect(m, group);
     hb_cache_begin(m->cache, group, n_tokens);
 }

@@ -95,6 +95,8 @@ void hb_model_settle(struct hobbit_model *model);
 void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
 /* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
+/* How many rows the last layer of the model had when it was computed last. */
+int32_t hb_model_last_rows(const struct hobbit_model *model);
 /* The routers, one a group, for the caller to fill in; all zero until then. And the predictor that learns from them: NULL
  * unless it was asked for. */
 struct hb_router *hb_model_routers(struct hobbit_model *model);

@@ -85,6 +85,7 @@ struct hobbit_model {
         int32_t group;  /* computed last */
         uint64_t start; /* of its first layer, ns */
         bool single;    /* it is of one token */
+        int32_t last_rows; /* of the last group, when it was computed last */
     } pass;
     pthread_mutex_t lock;       /* see model.h */
     pthread_mutex_t error_lock; /* guards `error` */

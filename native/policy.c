@@ -60,7 +60,9 @@ double hb_policy_score(const struct hobbit_policy *p, int32_t class, double key,
     case HOBBIT_POLICY_LCU: return key / t + (class % 2 ? 1 / (distance(now, class / 2) + NEAREST) : 0);
     case HOBBIT_POLICY_HOBBIT:
         return key / t + (double) p->w_fld * (1 - (double) distance(now, class) / now->n_groups);
-    case HOBBIT_POLICY_DECAY: return key + (double) p->w_fld * (1 - (double) distance(now, class) / now->n_groups);
+    case HOBBIT_POLICY_DECAY:
+        return key - (double) now->seen[class] / (double) p->half_life +
+               (double) p->w_fld * (1 - (double) distance(now, class) / now->n_groups);
     default: return key;
     }
 }
