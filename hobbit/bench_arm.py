@@ -34,6 +34,8 @@ COUNTERS = (
     "evictions",
     "read_bytes",
     "read_low_bytes",
+    "predicted",
+    "predicted_right",
     "ahead",
     "ahead_used",
     "ahead_bytes",
@@ -87,6 +89,7 @@ def run(job: Job) -> dict[str, Any]:
             **_about(llm),
             "prompt": feeder.phase(feeder.prompt, text[: job.prompt]),
             "decode": feeder.phase(feeder.decode, text[job.prompt :]),
+            "predictor": llm.stats.predictor if hasattr(llm, "stats") else None,
             "peak_rss_bytes": _peak_rss_bytes(),
             "imported_hobbit": any(name.split(".")[0] == "hobbit" for name in sys.modules),
         }

@@ -98,6 +98,17 @@ def probe(
     )
 
 
+def drop_from_page_cache(path: Path) -> None:
+    """Drop a file's pages: those another process brought in would not count against a cap."""
+    fd = os.open(path, _FLAGS)
+    try:
+        os.fsync(fd)  # dirty pages are not dropped
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 class _File:
     """A file that is read past the page cache, into a buffer of each thread's own."""
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -19,12 +19,13 @@ from test_cli import hobbit, started, wait_for
 
 from hobbit import bench, cgroup, cli
 from hobbit.bench import Arm, Case, Measured, Setup, measure, run_arm
-from hobbit.bench_disk import read_rate
+from hobbit.bench_arm import COUNTERS
 from hobbit.bench_options import BenchOptions, cap_bytes
 from hobbit.bench_rows import FORMATS, as_markdown, bound_s, rows
 from hobbit.errors import CapUnavailable, HobbitError, ModelError, PlanError, UsageError
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import build_layout
+from hobbit.llama import Llama
 from hobbit.texts import SAMPLE, path_of
 
 QUICK = ("-p", "24", "-n", "6", "-t", "1", "-r", "1", "--no-roofline")
@@ -81,8 +82,7 @@ def test_an_arm_gets_its_own_arguments(model: Path) -> None:
 
 
 def fake_sample(prompt_s: float, decode_s: list[float], **counted: float) -> dict[str, Any]:
-    nothing = dict.fromkeys(("hits", "misses", "disk_bytes", "read_bytes", "moe_s"), 0.0)
-    nothing |= dict.fromkeys(("stall_s", "manage_s", "predict_s", "ahead_wasted_bytes"), 0.0)
+    nothing: dict[str, float] = dict.fromkeys((*COUNTERS, "disk_bytes"), 0.0)
     return {
         "load_s": 1.0,
         "model_type": "fake",
@@ -92,6 +92,7 @@ def fake_sample(prompt_s: float, decode_s: list[float], **counted: float) -> dic
         "decode": {"seconds": decode_s, "tokens": len(decode_s), **nothing, **counted},
         "peak_rss_bytes": 1 << 20,
         "plan": "resident-experts",
+        "predictor": "gate",
     }
 
 
@@ -128,7 +129,7 @@ def test_limits_page_cache_and_warm_up(model: Path, monkeypatch: pytest.MonkeyPa
     seen: list[tuple[Any, ...]] = []
     dropped: list[Path] = []
 
-    def record(group: cgroup.Group, script: str, job: str) -> CompletedProcess[str]:
+    def record(group: cgroup.Group, code: str, path: str, job: str) -> CompletedProcess[str]:
         fields = json.loads(job)
         seen.append((len(dropped), fields["warm_up"], fields["arguments"]))
         dropped.clear()
@@ -186,8 +187,15 @@ def test_a_read_limit_that_does_not_hold(model: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_disks_rate_is_read(model: Path) -> None:
-    assert read_rate(model, 64 << 10, seconds=0.01) > 0
-    assert read_rate(model, 1 << 30, seconds=0.01) > 0  # no larger than the file
+    s = setup(model)
+    assert s.piece_bytes == [matrix.expert_bytes for matrix in s.layout.groups[0].matrices]
+    assert bench.disk_rate(s) > 1e6
+    shrunk = model.with_name("shrunk.gguf")
+    shrunk.write_bytes(model.read_bytes())
+    s = setup(shrunk)
+    shrunk.write_bytes(b"GGUF")
+    with pytest.raises(HobbitError, match=r"rate is not known: .*too small to measure its disk"):
+        bench.disk_rate(s)
 
 
 # Rows
@@ -228,9 +236,39 @@ def test_a_breakdown_adds_up(model: Path) -> None:
         {"total_s": 1.0, "compute_s": 0.1, "stall_s": 0.2, "manage_s": 0.05, "predict_s": 0.01,
          "rest_s": 0.64}
     )  # fmt: skip
-    assert "| exact |  1000.00 |  100.00 | 200.00 | 50.00 |   10.00 | 640.00 |" in as_markdown(
+    assert "| exact |  1000.00 |  100.00 | 200.00 | 50.00 |      10.00 | 640.00 |" in as_markdown(
         [decode], breakdown=True
     )
+
+
+def test_rows_tell_of_cache_and_predictions(model: Path) -> None:
+    counted = {"predicted": 8, "predicted_right": 6, "ahead_bytes": 4 << 20, "evictions": 10}
+    wasted = {"ahead_wasted_bytes": 1 << 20}
+    samples = [fake_sample(1.0, [0.5] * 2, **counted, **wasted) for _ in range(3)]
+    for sample, predictor in zip(samples, ("gate", "none", "gate"), strict=True):
+        sample |= {"plan": "streamed", "predictor": predictor}
+    case, stock = Case(0, 2), Arm("stock", "stock")
+    arm = Arm("exact", arguments={"policy": "lru"})
+    ours = Measured(setup(model), case, arm, samples, [], [1e9] * 3)
+    theirs = [fake_sample(1.0, [0.5] * 2) | {"decode": DISK_ONLY, "prompt": DISK_ONLY}]
+    first, last = rows([[ours, Measured(setup(model), case, stock, theirs, [], [1e9])]])[-2:]
+    found = {
+        "policy": "lru", "predict": "auto", "predictor": "gate", "accuracy": 0.75,
+        "ahead_mib_per_token": 2.0, "wasted_mib_per_token": 0.5, "evictions_per_token": 5.0,
+    }  # fmt: skip
+    assert {name: first[name] for name in found} == found
+    assert {last[name] for name in found} == {None}
+    table, parts, cache = as_markdown([first, last], breakdown=True).split("\n\n")
+    assert "| policy |" in table and "| predict |" not in table
+    assert [line.split("|")[3].strip() for line in parts.splitlines()[2:]] == ["lru", "-"]
+    (line,) = cache.splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["tg2", "exact", "lru", "gate", "75.0", "2.00", "0.50", "5.00"]
+    cached = [sample | {"plan": "resident-experts"} for sample in samples]
+    assert rows([[replace(ours, samples=cached)]])[-1]["predictor"] is None
+
+
+DISK_ONLY = {"seconds": [1.0], "tokens": 2, "disk_bytes": 8 << 20}
 
 
 def test_stock_is_told_by_what_its_disk_gave(model: Path) -> None:
@@ -289,9 +327,13 @@ def test_formats(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_is_alone_on_stdout(model: Path) -> None:
     done = hobbit("bench", model, *QUICK, "-ub", "16", "--breakdown", "-d", "8")
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("\n\n")
+    first, second, third = done.stdout.split("\n\n")
     assert "| n_ubatch |" in first and "pp24 @ d8" in first and "tg6 @ d8" in first
     assert second.startswith("| ") and "stall" in second.splitlines()[0]
+    assert third.splitlines()[0].split() == [
+        "|", "test", "|", "mode", "|", "predictor", "|", "right", "%", "|", "ahead", "MiB/t", "|",
+        "wasted", "MiB/t", "|", "evictions/t", "|",
+    ]  # fmt: skip
     assert "run 1/1 exact: prompt " in done.stderr
     assert "olmoe" in done.stderr
 
@@ -308,6 +350,8 @@ def test_the_table_is_alone_on_stdout(model: Path) -> None:
         (["-t", "0"], 2, "-t 0: must be numbers from 1"),
         (["-pg", "8"], 2, "-pg 8: must be a prompt and what is decoded"),
         (["-ctk", "q9"], 2, "-ctk q9: must be one of f32"),
+        (["--policy", "mru"], 2, "there is no cache policy 'mru': use one of decay, hobbit"),
+        (["--predictor", "gate:depth=9"], 2, "a predictor has no setting 'depth=9'"),
         (["--memory", "auto"], 2, "--memory auto: a benchmark's cap"),
         (["--memory", "x%model"], 2, "is not a share of the model"),
         (["--read-bps", "1"], 2, "must be 1M a second or more"),
@@ -396,6 +440,24 @@ def test_cases_have_llama_benchs_rows() -> None:
     quantised = BenchOptions(cache_type_v="q8_0").cases()[0].context
     assert (quantised["type_v"], quantised["flash_attn"]) == (8, True)
     assert BenchOptions(n_prompt="0").cases()[0].n_prompt == 0
+
+
+def test_each_policy_with_each_predictor_is_an_arm(model: Path) -> None:
+    options = BenchOptions(
+        arm=("exact,stock",),
+        policy=("lru", "decay", "decay:half_life=128"),
+        predictor=("auto", "gate:odds=0.7,always"),
+    )
+    arms = options.setup(build_layout(open_gguf(model))).arms
+    assert [arm.title for arm in arms] == [
+        "exact, lru", "exact, lru, gate:always", "exact", "exact, gate:always", "stock",
+    ]  # fmt: skip
+    assert [arm.arguments for arm in arms[1:3]] == [{"policy": "lru", "predict": "gate:always"}, {}]
+    assert BenchOptions().engines() == [{}]
+
+
+def test_no_arm_starts_warm() -> None:
+    assert inspect.signature(Llama).parameters["warm_start"].default is False
 
 
 def test_caps() -> None:
