@@ -165,7 +165,11 @@ class _Feeder:
         return time.perf_counter() - start
 
     def forget(self) -> None:
+        """Begin another sequence, as Llama.eval does for an answer to another prompt."""
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
+        streamed = getattr(self.llm, "_streamed", None)
+        if streamed is not None:
+            streamed.new_sequence()
 
     def phase(self, feed: Callable[[Tokens], list[float]], tokens: Tokens) -> dict[str, Any]:
         """Feed tokens, and count what happens meanwhile."""
