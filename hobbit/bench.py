@@ -9,11 +9,11 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from subprocess import PIPE, CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any, Literal
 
 from . import errors
@@ -44,6 +44,13 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from hobbit.disk import probe
 print(probe(Path(sys.argv[2]), [int(size) for size in sys.argv[3:]]).bytes_per_s)
+"""
+_READER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from hobbit.disk import keep_reading
+keep_reading(Path(sys.argv[2]), [int(size) for size in sys.argv[4:]], float(sys.argv[3]))
 """
 
 
@@ -113,6 +120,7 @@ class Setup:
     read_bps: int = 0
     warm: bool = True
     roofline: bool = True
+    interference: bool = False
     delay_s: float = 0.0
     low: tuple[Path, ...] = ()  # files that are read besides the model's
 
@@ -136,6 +144,7 @@ class Measured:
     """The samples of an arm in a case, one a repetition, with what its roofline needs.
 
     `resident` are those of the arm that has everything in memory; empty if it cannot have.
+    `interfered` are of the same arm, beside a process that reads what this arm missed.
     `disk_bytes_s` is the disk's rate, right before each repetition.
     """
 
@@ -144,6 +153,7 @@ class Measured:
     arm: Arm
     samples: list[Sample] = field(default_factory=list)
     resident: list[Sample] = field(default_factory=list)
+    interfered: list[Sample] = field(default_factory=list)
     disk_bytes_s: list[float] = field(default_factory=list)
 
 
@@ -158,7 +168,10 @@ def measure(setup: Setup, say: Callable[[str], None]) -> list[list[Measured]]:
     for case in setup.cases:
         disk: list[float] = []
         all_resident: list[Sample] = []
-        ours = [Measured(setup, arm.case(case), arm, [], all_resident, disk) for arm in setup.arms]
+        ours = [
+            Measured(setup, arm.case(case), arm, resident=all_resident, disk_bytes_s=disk)
+            for arm in setup.arms
+        ]
         reference = Measured(setup, case, resident, all_resident) if resident else None
         for index in range(setup.repetitions):
             disk.append(disk_rate(setup))
@@ -170,8 +183,36 @@ def measure(setup: Setup, say: Callable[[str], None]) -> list[list[Measured]]:
                 say(f"no roofline: {_too_big(setup)}")
                 all_resident.clear()
                 resident = reference = None
+            if reference and setup.interference:
+                for one in ours:
+                    _interfere(one, reference, index)
+                    say(f"run {index + 1}/{setup.repetitions} {_RESIDENT} beside {one.arm.title}")
         found.append(ours)
     return found
+
+
+def _interfere(one: Measured, reference: Measured, index: int) -> None:
+    """Run the resident arm while what this arm missed is read, as fast as it was."""
+    if one.arm.engine != "hobbit":
+        return
+    counted = one.samples[-1]["decode" if one.case.n_gen else "prompt"]
+    missed = counted["read_bytes"] - counted["ahead_wasted_bytes"]
+    with _reads(one.setup, missed / sum(counted["seconds"])):
+        one.interfered.append(run_arm(one.setup, reference.case, reference.arm, index))
+
+
+@contextmanager
+def _reads(setup: Setup, bytes_per_s: float) -> Iterator[None]:
+    """While it lasts, another process reads the model's file at this rate."""
+    if bytes_per_s <= 0:
+        yield
+        return
+    arguments = [_FOLDER.parent, setup.model, bytes_per_s, *setup.piece_bytes]
+    with Popen([sys.executable, "-c", _READER, *map(str, arguments)], stderr=PIPE) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _resident_arm(setup: Setup, say: Callable[[str], None]) -> Arm | None:

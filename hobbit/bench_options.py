@@ -55,12 +55,15 @@ class BenchOptions:
     text: str = ""
     warm: bool = True
     roofline: bool = True
+    interference: bool = False
     breakdown: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.output not in FORMATS:
             raise UsageError(f"-o {self.output}: must be one of {', '.join(FORMATS)}")
+        if self.interference and not self.roofline:
+            raise UsageError("--interference is a second roofline: without --no-roofline")
         for name in self.arm_names:
             _check_arm(name)
         cap_bytes(self.memory, 1 << 40)
@@ -159,6 +162,7 @@ class BenchOptions:
             self.read_limit(),
             self.warm,
             self.roofline,
+            self.interference,
             self.delay,
             tuple(sorted(low - {part.path for part in layout.gguf.parts})),
         )

@@ -192,21 +192,36 @@ def _roofline(one: Measured, test: Test, phases: Sequence[Phase]) -> Row:
 
     Stock has none: what its disk gave is not what it missed, but far more.
     """
-    none: Row = dict.fromkeys(("roofline", "bound", "resident_s_per_token"))
+    names = ("roofline", "bound", "resident_s_per_token")
+    none: Row = dict.fromkeys((*names, "roofline_reading", "reading_s_per_token"))
     if len(one.resident) < len(phases):
         return none
     compute = [Phase.of(sample, test).seconds_per_token for sample in one.resident]
     if not phases[0].streams:
         return none | {"resident_s_per_token": statistics.median(compute)}
     missed = [phase.missed_bytes for phase in phases]
-    bounds = [bound_s(c, m, d) for c, m, d in zip(compute, missed, one.disk_bytes_s, strict=True)]
     reads = statistics.median(m / d for m, d in zip(missed, one.disk_bytes_s, strict=True))
-    over = (p.seconds_per_token / b for p, b in zip(phases, bounds, strict=True))
+    # The rate was that of one phase.
+    told = one.interfered and test == ("tg" if one.case.n_gen else "pp")
+    slower = [Phase.of(s, test).seconds_per_token for s in one.interfered] if told else []
     return {
-        "roofline": statistics.median(over),
+        "roofline": _over_least(phases, compute, one.disk_bytes_s),
         "bound": "disk" if reads > statistics.median(compute) else "compute",
         "resident_s_per_token": statistics.median(compute),
+        "roofline_reading": _over_least(phases, slower, one.disk_bytes_s) if told else None,
+        "reading_s_per_token": statistics.median(slower) if told else None,
     }
+
+
+def _over_least(
+    phases: Sequence[Phase], compute: Sequence[float], disk_bytes_s: Sequence[float]
+) -> float:
+    """Return the median over the repetitions of a token's time over the least time."""
+    together = zip(phases, compute, disk_bytes_s, strict=True)
+    return statistics.median(
+        phase.seconds_per_token / bound_s(seconds, phase.missed_bytes, disk)
+        for phase, seconds, disk in together
+    )
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -302,8 +317,12 @@ _RIGHT: list[Column] = [
 ]
 
 
+_READING: Column = ("roofline, reading", lambda r: _number(r["roofline_reading"], 2))
+
+
 def _columns(found: Sequence[Row]) -> list[Column]:
-    return [*_LEFT, *_swept(found), *_RIGHT]
+    reading = [_READING] if any(row["roofline_reading"] is not None for row in found) else []
+    return [*_LEFT, *_swept(found), *_RIGHT, *reading]
 
 
 def _arm_columns(found: Sequence[Row]) -> list[Column]:

@@ -937,6 +937,14 @@ def bench(
             "measured too, and reading what was missed.",
         ),
     ] = True,
+    interference: Annotated[
+        bool,
+        _flag(
+            "--interference",
+            help="Compare also with computing while another process reads as much, for reading "
+            "slows computing down.",
+        ),
+    ] = False,
     breakdown: Annotated[
         bool,
         _flag("--breakdown", "--verbose", "-v", help="Show where a token's time goes (md)."),

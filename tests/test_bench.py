@@ -8,6 +8,9 @@ import io
 import json
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -113,6 +116,56 @@ def test_arms_alternate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found[0].resident) == 3
 
 
+def test_the_resident_arm_runs_again_beside_reads(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    started: list[bool] = []
+
+    @contextmanager
+    def reads(setup: Setup, bytes_per_s: float) -> Iterator[None]:
+        rates.append(bytes_per_s)
+        started.append(True)
+        yield
+        started.pop()
+
+    def run(setup: Setup, case: Case, arm: Arm, index: int) -> dict[str, Any]:
+        seconds = 0.2 if started else 0.1
+        missed = {"read_bytes": 9e6, "ahead_wasted_bytes": 3e6} if arm.name == "exact" else {}
+        return fake_sample(1.0, [seconds] * 6, **missed)
+
+    monkeypatch.setattr(bench, "_reads", reads)
+    monkeypatch.setattr(bench, "run_arm", run)
+    monkeypatch.setattr(bench, "disk_rate", lambda setup: 1e9)
+    arms = (Arm("exact"), Arm("stock", "stock"))
+    s = setup(model, *arms, repetitions=2, roofline=True, interference=True)
+    ((ours, theirs),) = measure(s, lambda text: None)
+    assert rates == [pytest.approx(1e7)] * 2  # 6 MB in 0.6 s
+    assert ([len(one.interfered) for one in (ours, theirs)], started) == ([2, 0], [])
+    assert ours.interfered[0]["decode"]["seconds"] == [0.2] * 6
+
+
+def test_reads_go_on_beside_and_end(model: Path) -> None:
+    before = children()
+    with bench._reads(setup(model), 1e6):
+        (reader,) = children() - before
+        until = time.monotonic() + 20
+        while reads_of(reader) < 1 << 20 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert reads_of(reader) >= 1 << 20
+    assert children() == before
+
+
+def children() -> set[int]:
+    task = Path(f"/proc/{os.getpid()}/task")
+    return {int(n) for file in task.glob("*/children") for n in file.read_text().split()}
+
+
+def reads_of(process: int) -> int:
+    """Return bytes that a process has read, from a disk or a cache."""
+    return int(Path(f"/proc/{process}/io").read_text().split()[1])
+
+
 def test_what_does_not_fit_has_no_roofline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     streamed = fake_sample(1.0, [0.5] * 6) | {"plan": "streamed"}
@@ -210,13 +263,21 @@ def test_roofline_by_hand(model: Path) -> None:
         for d in (0.8, 0.6, 1.0)
     ]
     resident = [fake_sample(0.5, [0.1] * 2) for _ in ours]
-    one = Measured(setup(model), Case(10, 2), Arm("exact"), ours, resident, [1e9, 1e9, 500e6])
+    disk = [1e9, 1e9, 500e6]
+    one = Measured(setup(model), Case(10, 2), Arm("exact"), ours, resident, disk_bytes_s=disk)
     prompt, decode = rows([[one]])
     # 0.4 / 0.15, 0.3 / 0.15 and 0.5 / 0.3.
     assert decode["roofline"] == pytest.approx(2.0)
     assert (decode["bound"], prompt["bound"]) == ("disk", "compute")
     assert prompt["roofline"] == pytest.approx(2.0)
     assert decode["resident_s_per_token"] == pytest.approx(0.1)
+    assert decode["roofline_reading"] is None
+    # Beside reads computing takes 0.2 s a token: 0.4 / 0.2, 0.3 / 0.2 and 0.5 / 0.3.
+    slower = [fake_sample(0.5, [0.2] * 2) for _ in ours]
+    told, read = rows([[replace(one, interfered=slower)]])
+    assert (told["roofline_reading"], read["roofline_reading"]) == (None, pytest.approx(5 / 3))
+    assert (read["roofline"], read["reading_s_per_token"]) == (pytest.approx(2.0), 0.2)
+    assert "| roofline, reading |" in as_markdown([told, read])
     assert decode["hit_rate"] == 0.75
     assert decode["mib_per_token"] == pytest.approx(200e6 / (1 << 20))
     assert (prompt["ttft_s"], decode["ttft_s"]) == (1.0, None)
@@ -230,7 +291,9 @@ def test_roofline_by_hand(model: Path) -> None:
 def test_a_breakdown_adds_up(model: Path) -> None:
     parts = {"moe_s": 0.2, "stall_s": 0.4, "manage_s": 0.1, "predict_s": 0.02}
     runs = [fake_sample(1.0, [s / 2] * 2, **parts) for s in (9.0, 1.0, 2.0)]
-    (_, decode) = rows([[Measured(setup(model), Case(10, 2), Arm("exact"), runs, [], [1e9] * 3)]])
+    (_, decode) = rows(
+        [[Measured(setup(model), Case(10, 2), Arm("exact"), runs, disk_bytes_s=[1e9])]]
+    )
     # Of the run whose time is the median, a token.
     assert decode["breakdown"] == pytest.approx(
         {"total_s": 1.0, "compute_s": 0.1, "stall_s": 0.2, "manage_s": 0.05, "predict_s": 0.01,
@@ -249,9 +312,11 @@ def test_rows_tell_of_cache_and_predictions(model: Path) -> None:
         sample |= {"plan": "streamed", "predictor": predictor}
     case, stock = Case(0, 2), Arm("stock", "stock")
     arm = Arm("exact", arguments={"policy": "lru"})
-    ours = Measured(setup(model), case, arm, samples, [], [1e9] * 3)
+    ours = Measured(setup(model), case, arm, samples, disk_bytes_s=[1e9])
     theirs = [fake_sample(1.0, [0.5] * 2) | {"decode": DISK_ONLY, "prompt": DISK_ONLY}]
-    first, last = rows([[ours, Measured(setup(model), case, stock, theirs, [], [1e9])]])[-2:]
+    first, last = rows([[ours, Measured(setup(model), case, stock, theirs, disk_bytes_s=[1e9])]])[
+        -2:
+    ]
     found = {
         "policy": "lru", "predict": "auto", "predictor": "gate", "accuracy": 0.75,
         "ahead_mib_per_token": 2.0, "wasted_mib_per_token": 0.5, "evictions_per_token": 5.0,
@@ -277,7 +342,7 @@ def test_stock_is_told_by_what_its_disk_gave(model: Path) -> None:
         sample[phase] = {"seconds": [1.0], "tokens": 2, "disk_bytes": 8 << 20}
     resident = [fake_sample(0.5, [0.1] * 2)]
     arm = Arm("stock-mmap", "stock-mmap", cap=1 << 30)
-    one = Measured(setup(model), Case(2, 2), arm, [sample], resident, [1e9])
+    one = Measured(setup(model), Case(2, 2), arm, [sample], resident, disk_bytes_s=[1e9])
     row = rows([[one]])[1]
     assert (row["mib_per_token"], row["hit_rate"], row["roofline"]) == (4.0, None, None)
     assert row["breakdown"] == {
@@ -344,6 +409,7 @@ def test_the_table_is_alone_on_stdout(model: Path) -> None:
         (["--arm", "quick"], 2, "--arm quick: an arm is exact, high, balanced, fast, stock-mmap"),
         (["--arm", "exact@x"], 2, "'x' is not a size"),
         (["--arm", "fast"], 3, "run hobbit prepare"),
+        (["--interference"], 2, "--interference is a second roofline: without --no-roofline"),
         (["-o", "sql"], 2, "-o sql: must be one of md, csv, json, jsonl"),
         (["-p", "0", "-n", "0"], 2, "-p 0 -n 0 leaves nothing to measure"),
         (["-p", "many"], 2, "-p many: must be numbers"),
