@@ -56,6 +56,14 @@ if TYPE_CHECKING:
 
 EXIT_DISK_FULL = 5
 _STDIN_PATIENCE_S = 2.0
+_POLICY_HELP = (
+    "Who is evicted from the cache of experts: decay, hobbit, lcu, lfru, lfu or lru, perhaps with "
+    "settings, as decay:half_life=64."
+)
+_PREDICTOR_HELP = (
+    "Who says which experts the next layers need: gate, map, none, or auto, which tries; perhaps "
+    "with settings, as gate:depth=1,always."
+)
 
 app = typer.Typer(
     help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
@@ -288,6 +296,8 @@ def run(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    policy: Annotated[str, _flag("--policy", help=_POLICY_HELP)] = "decay",
+    predictor: Annotated[str, _flag("--predictor", help=_PREDICTOR_HELP)] = "auto",
     quality: Annotated[
         str,
         _flag(
@@ -688,6 +698,8 @@ def evaluate(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    policy: Annotated[str, _flag("--policy", help=_POLICY_HELP)] = "decay",
+    predictor: Annotated[str, _flag("--predictor", help=_PREDICTOR_HELP)] = "auto",
     json_output: Annotated[
         bool, _flag("--json", help="Print one JSON object instead of tables.")
     ] = False,
@@ -826,6 +838,8 @@ def trace(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    policy: Annotated[str, _flag("--policy", help=_POLICY_HELP)] = "decay",
+    predictor: Annotated[str, _flag("--predictor", help=_PREDICTOR_HELP)] = "auto",
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Record which experts the router chooses for a text, in a file, or show such a file."""
@@ -892,6 +906,13 @@ def bench(
             "55%model of the model's file, or none. Needs root, or systemd.",
         ),
     ] = "none",
+    policy: Annotated[
+        list[str] | None, _flag("--policy", help=f"{_POLICY_HELP} Repeatable: an arm for each.")
+    ] = None,
+    predictor: Annotated[
+        list[str] | None,
+        _flag("--predictor", help=f"{_PREDICTOR_HELP} Repeatable: an arm for each."),
+    ] = None,
     read_bps: Annotated[
         str, _flag("--read-bps", help="Hold the disk to so many bytes a second, as 500M.")
     ] = "",
@@ -916,6 +937,14 @@ def bench(
             "measured too, and reading what was missed.",
         ),
     ] = True,
+    interference: Annotated[
+        bool,
+        _flag(
+            "--interference",
+            help="Compare also with computing while another process reads as much, for reading "
+            "slows computing down.",
+        ),
+    ] = False,
     breakdown: Annotated[
         bool,
         _flag("--breakdown", "--verbose", "-v", help="Show where a token's time goes (md)."),
@@ -927,7 +956,7 @@ def bench(
     try:
         from .bench_options import BenchOptions
 
-        for name in ("words", "model", "pg", "arm"):
+        for name in ("words", "model", "pg", "arm", "policy", "predictor"):
             values[name] = tuple(values[name] or ())
         return _bench(BenchOptions(**values))
     except KeyboardInterrupt as exc:

@@ -18,7 +18,7 @@ from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
 from .policy import Policy
-from .prediction import Prediction
+from .prediction import KINDS, Prediction
 from .rule import Rule
 
 # How often reads in the background are gone on with while nothing is computed.
@@ -36,6 +36,8 @@ _SOURCE: dict[str, int] = {
     "memory": lib.HOBBIT_SOURCE_MEMORY,
     "hole": lib.HOBBIT_SOURCE_HOLE,
 }
+# The names of the C enum hobbit_predict.
+PREDICTORS = {getattr(lib, f"HOBBIT_PREDICT_{kind.upper()}"): kind for kind in KINDS}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ IMPORTS: dict[str, set[str]] = {
     # Leaves: no word of the others.
     "_log": set(),
     "bench_arm": set(),
-    "bench_disk": set(),
     "cpus": set(),
     "errors": set(),
     "folders": set(),
@@ -80,12 +79,12 @@ IMPORTS: dict[str, set[str]] = {
     "forced": {"errors", "llama", "rule", "stats"},
     "search": {"calibration", "rule"},
     # What it is compared with, and how fast it is.
-    "bench": {"bench_disk", "cgroup", "errors", "gguf_file", "layout", "memory", "sizes"},
+    "bench": {"cgroup", "disk", "errors", "gguf_file", "layout", "memory", "sizes"},
     "bench_options": {
-        "bench", "bench_rows", "calibration", "errors", "layout", "memory", "options", "quality",
-        "sizes", "texts",
+        "bench", "bench_rows", "calibration", "errors", "layout", "memory", "options", "policy",
+        "prediction", "quality", "sizes", "texts",
     },
-    "bench_rows": {"bench", "cpus", "sizes"},
+    "bench_rows": {"bench", "cpus", "policy", "prediction", "sizes"},
     "cgroup": {"errors"},
     # What a person touches.
     "__init__": {"errors", "llama"},
@@ -97,7 +96,9 @@ IMPORTS: dict[str, set[str]] = {
         "prepare", "quality", "render", "report", "rule", "sizes", "stock", "texts", "trace",
         "tracing", "verify",
     },
-    "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
+    "options": {
+        "cpus", "errors", "generate", "gguf_file", "layout", "policy", "prediction", "quality",
+    },
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
     "modes": {"calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule"},
     "plot": {"errors"},
