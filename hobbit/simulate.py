@@ -65,13 +65,12 @@ class Simulated:
 
 def pools_of(trace: Trace, budget: int) -> tuple[Pool, ...]:
     """Divide bytes into the pools that the engine would make; raises UsageError if too few."""
-    used = trace.n_used * (trace.kind == LAYER)
-    pools = []
+    pools, n_used = [], _n_expert_used(trace)
     for index, pool in enumerate(trace.pools):
         groups = tuple(g for g, group in enumerate(trace.groups) if group.pool == index)
-        experts = sum(trace.groups[g].n_expert for g in groups)
-        floor = max(1, int(used[np.isin(trace.group, groups)].max(initial=1)))
-        pools.append(Pool(SlotBytes(*pool.slot_bytes), floor, experts, floor, groups))
+        counts = [trace.groups[g].n_expert for g in groups]
+        floor = max(min(n_used, count) for count in counts)
+        pools.append(Pool(SlotBytes(*pool.slot_bytes), floor, sum(counts), floor, groups))
     least = sum(pool.bytes for pool in pools)
     if budget < least:
         raise UsageError(
@@ -79,6 +78,13 @@ def pools_of(trace: Trace, budget: int) -> tuple[Pool, ...]:
             f"{format_size(least)}"
         )
     return fill(pools, min(budget, all_bytes(trace)))
+
+
+def _n_expert_used(trace: Trace) -> int:
+    """Return the most experts that a token uses of a layer: as noted, or else as seen."""
+    noted = trace.note.get("n_expert_used")
+    seen = int(trace.n_used[trace.kind == LAYER].max(initial=1))
+    return max(noted, seen) if isinstance(noted, int) else seen
 
 
 def all_bytes(trace: Trace) -> int:
