@@ -26,6 +26,14 @@ _EVENT_ARRAYS = (
     "kind", "group", "n_rows", "n_used", "has_weights", "row_at", "pair_at", "prob_at",
 )  # fmt: skip
 _FLAT_ARRAYS = {"row_at": "token", "pair_at": "experts", "prob_at": "probs"}
+_OUT_ARRAYS: dict[str, tuple[Any, str]] = {
+    "hits": (np.uint32, "uint32_t"),
+    "misses": (np.uint32, "uint32_t"),
+    "evictions": (np.uint32, "uint32_t"),
+    "read_bytes": (np.uint64, "uint64_t"),
+    "read_low_bytes": (np.uint64, "uint64_t"),
+    "seconds": (np.float64, "double"),
+}
 _COUNTERS = ("promotions", "stand_ins", "ahead", "ahead_used", "ahead_wasted_bytes", "crowded")
 
 
@@ -129,7 +137,8 @@ def without_sequences(trace: Trace) -> Trace:
 
 
 def _chosen(trace: Trace, events: npt.NDArray[np.bool_]) -> Trace:
-    return replace(trace, **{name: getattr(trace, name)[events] for name in _EVENT_ARRAYS})
+    chosen: dict[str, Any] = {name: getattr(trace, name)[events] for name in _EVENT_ARRAYS}
+    return replace(trace, **chosen)
 
 
 def joined(traces: Sequence[Trace]) -> Trace:
@@ -146,7 +155,9 @@ def _after(one: Trace, two: Trace) -> Trace:
     """Join two traces, with the beginning of a sequence between them."""
     between: dict[str, Any] = {"kind": SEQUENCE, "group": -1, "n_rows": 1, "prob_at": -1}
     flat = ("sequence", "token", "experts", "weights", "probs")
-    merged = {name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in flat}
+    merged: dict[str, Any] = {
+        name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in flat
+    }
     # The event between has a row of its own: another sequence than any before.
     row, number = len(one.token), int(one.sequence.max(initial=0)) + 1
     merged["sequence"] = np.insert(merged["sequence"], row, number)
@@ -196,28 +207,18 @@ def simulate(
     given.disk_bytes_s = machine.disk
     given.compute_s = machine.compute_s / len(trace.groups)
     out = ffi.new("struct hobbit_simulated *")
-    counted = {
-        "hits": np.zeros(n, dtype=np.uint32),
-        "misses": np.zeros(n, dtype=np.uint32),
-        "evictions": np.zeros(n, dtype=np.uint32),
-        "read_bytes": np.zeros(n, dtype=np.uint64),
-        "read_low_bytes": np.zeros(n, dtype=np.uint64),
-        "seconds": np.zeros(n, dtype=np.float64),
-    }
-    kinds = {"u4": "uint32_t", "u8": "uint64_t", "f8": "double"}
+    counted = {name: np.zeros(n, dtype=kind) for name, (kind, _) in _OUT_ARRAYS.items()}
     for name, array in counted.items():
-        setattr(out, name, keep.array(kinds[array.dtype.str[1:]], array))
+        setattr(out, name, keep.array(_OUT_ARRAYS[name][1], array))
     error = error_buffer()
     status = lib.hobbit_simulate(events, given, out, error, len(error))
     if status == lib.HOBBIT_ARG:
         raise UsageError(ffi.string(error).decode(errors="replace"))
     check(status, error)
-    arrays = {k: a if k == "seconds" else a.astype(np.int64) for k, a in counted.items()}
-    return Simulated(
-        **arrays,  # type: ignore[arg-type] # seconds are floats, the others are not
-        pairs=(out.pairs[0], out.pairs[1], out.pairs[2]),
-        **{name: int(getattr(out, name)) for name in _COUNTERS},
-    )
+    seconds = counted.pop("seconds")
+    found: dict[str, Any] = {name: array.astype(np.int64) for name, array in counted.items()}
+    found |= {name: int(getattr(out, name)) for name in _COUNTERS}
+    return Simulated(seconds=seconds, pairs=tuple(out.pairs), **found)
 
 
 def _check(trace: Trace, rule: Rule) -> None:

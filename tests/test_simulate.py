@@ -11,25 +11,17 @@ from gates import Bench, layout_of, opened
 from mixed import low_of, pair
 
 import hobbit
-from hobbit.errors import UsageError
 from hobbit.forced import Forced
-from hobbit.policy import POLICIES, SIMULATED, Policy, parse_policy
+from hobbit.policy import POLICIES, Policy
 from hobbit.rule import EXACT, Rule
 from hobbit.simulate import (
-    Machine,
     Simulated,
-    all_bytes,
-    first,
-    joined,
-    n_tokens,
     pools_of,
     simulate,
-    tokens_before,
-    without_sequences,
 )
 from hobbit.stats import Stats
 from hobbit.stock import Job
-from hobbit.trace import LAYER, SEQUENCE, Trace, read_trace
+from hobbit.trace import SEQUENCE, Trace, read_trace
 
 JOB = Job(n_prompt=64, n_decode=64, n_ubatch=16, n_threads=1)
 TOKENS = [*range(40, 75), *range(50, 80)]
