@@ -327,6 +327,13 @@ def run(
         str,
         _flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
     ] = "auto",
+    warm_start: Annotated[
+        bool,
+        _flag(
+            "--warm-start/--no-warm-start",
+            help="Read ahead, in the background, the experts that earlier runs used most.",
+        ),
+    ] = True,
     record: Annotated[
         Path | None,
         _flag("--record", help="Write the precision that each expert gets to FILE."),

@@ -1,12 +1,43 @@
-"""Where hobbit keeps what it makes."""
+"""Where hobbit keeps what it makes, and small things that it remembers."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
     """Return the folder, which may not exist yet: HOBBIT_CACHE, or hobbit in the user's cache."""
     own, shared = os.environ.get("HOBBIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else Path(shared or Path.home() / ".cache") / "hobbit"
+
+
+def recall(name: str) -> dict[str, Any]:
+    """Return what was remembered under a name; nothing where that is absent or unreadable."""
+    try:
+        found = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # no home, or nested without end
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(name: str, data: dict[str, Any]) -> bool:
+    """Write it whole or not at all; False, and no harm done, where the folder is not writable."""
+    part: str | None = None
+    try:
+        path = cache_folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(number, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        os.replace(part, path)
+    except (OSError, RuntimeError):
+        if part is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+        return False
+    return True

@@ -22,7 +22,7 @@ import llama_cpp.llama_cpp as upstream_api
 import numpy as np
 import numpy.typing as npt
 
-from . import _log
+from . import _log, usage
 from ._native import CancelFlag
 from .cpus import has_amx
 from .errors import (
@@ -83,6 +83,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     rule: which experts may be low or skipped, in place of a quality.
     resident_low: keep all low copies in memory, so that nothing waits for a read: "on", "off", or
     "auto", where they fit and even all of them together keep the promise.
+    warm_start: after the load, read in the background the experts that earlier runs used most, as
+    far as there is room, and at the close remember those of this run, in hobbit's cache folder.
     policy: who is evicted from the expert cache: a name ("decay", "hobbit", "lcu", "lfru", "lfu",
     "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
     predict: who says which experts the next layers will use: "gate", "map", "none", or "auto",
@@ -106,6 +108,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         deterministic: bool = False,
         rule: Rule | None = None,
         resident_low: ResidentLow = "auto",
+        warm_start: bool = False,
         policy: str | Policy = DEFAULT,
         predict: str | Prediction = "auto",
         on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -115,6 +118,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._streamed: StreamedModel | None = None
         self._cancelled = CancelFlag()
         self._counted = Stats()
+        self._fingerprint = ""  # known with a warm start
         self._own_arguments: dict[str, Any] = {
             "memory": memory,
             "cache_bytes": cache_bytes,
@@ -125,6 +129,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "deterministic": deterministic,
             "rule": rule,
             "resident_low": resident_low,
+            "warm_start": warm_start,
             "policy": policy,
             "predict": predict,
         }
@@ -330,6 +335,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Free the model, its cache and its threads; harmless when done already."""
         stack = getattr(self, "_stack", None)
         if stack is not None:
+            self._remember_usage()
             stack.close()
         self._streamed = None
 
@@ -387,7 +393,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             streamed.set_rule(self.rule)
         if self.plan.low_is_resident:
             streamed.keep_low()
-        return streamed.load(params, self.verbose)
+        model = streamed.load(params, self.verbose)
+        if own["warm_start"]:
+            self._warm(streamed)
+        return model
+
+    def _warm(self, streamed: StreamedModel) -> None:
+        """Start to read what earlier runs used most; all experts where there is room for all."""
+        self._fingerprint = fingerprint(self.layout.gguf)
+        uses = usage.load(self._fingerprint, len(streamed.usage()))
+        streamed.warm(usage.order(uses, everything=self.plan.mode == "resident-experts"))
+
+    def _remember_usage(self) -> None:
+        if self._streamed is not None and self._fingerprint:
+            usage.save(self._fingerprint, self._streamed.usage())
 
     def _load_resident(self, params: Any) -> int:
         params.use_extra_bufts = params.use_extra_bufts and not has_amx()

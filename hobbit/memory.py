@@ -82,6 +82,11 @@ class Pool:
         return min(self.experts, self.bytes // low) if low else 0
 
     @property
+    def token_slots(self) -> int:
+        """High copies that one token uses in all layers."""
+        return min(self.experts, self.floor * len(self.groups))
+
+    @property
     def beside_low(self) -> int:
         """High copies that fit beside all low ones; below 0 if those do not fit."""
         return (self.bytes - self.experts * self.slot_bytes.low) // self.slot_bytes.high
@@ -126,6 +131,25 @@ class MemoryPlan:
         return self.cap.bytes - sum(line.bytes for line in self.lines)
 
     @property
+    def below_cliff(self) -> bool:
+        """Whether the cache holds less than one token uses.
+
+        What a token uses then evicts what the next one needs first: where the least recently used
+        expert goes, hardly anything that is asked for is there.
+        """
+        streamed = self.mode == "streamed" and not self.low_is_resident
+        return streamed and _below_cliff(self.pools)
+
+    @property
+    def above_cliff_bytes(self) -> int:
+        """A cap, of whole MiB, with which the cache holds what one token uses."""
+        fixed = self.cap.bytes - self.spare_bytes - self.cache_bytes
+        needed = fixed + _cliff_budget(self.pools)
+        # The process's page tables grow with the cap.
+        growth = max(needed - self.cap.bytes, 0) // 100 + (16 << 20)
+        return -(-(needed + growth) >> 20) << 20
+
+    @property
     def cached_share(self) -> float:
         """The share of all experts that has a slot."""
         experts = sum(pool.experts for pool in self.pools)
@@ -136,10 +160,10 @@ class MemoryPlan:
         rows = [*self.lines, Line("spare", self.spare_bytes, "not used")]
         rows.append(Line("cap", self.cap.bytes, self.cap.reason))
         text = [f"{row.name:<9}{format_size(row.bytes):>12}  {row.reason}".rstrip() for row in rows]
-        if self.mode == "streamed" and self.cache_bytes < self.token_bytes:
+        if self.below_cliff:
             text.append(
                 f"the cache is smaller than what one token uses ({format_size(self.token_bytes)}): "
-                "expect few hits"
+                f"expect few hits; --memory {self.above_cliff_bytes >> 20}M is enough for that"
             )
         return "\n".join(text)
 
@@ -156,6 +180,8 @@ class MemoryPlan:
             "floor_bytes": self.floor_bytes,
             "token_bytes": self.token_bytes,
             "low_is_resident": self.low_is_resident,
+            "below_cliff": self.below_cliff,
+            "above_cliff_bytes": self.above_cliff_bytes if self.below_cliff else None,
         }
 
 
@@ -256,7 +282,7 @@ def plan(
         mode="resident" if not pools else "resident-experts" if full else "streamed",
         cache_bytes=cached,
         floor_bytes=fixed + floor,
-        token_bytes=sum(pool.slot_bytes.high * pool.floor * len(pool.groups) for pool in pools),
+        token_bytes=sum(pool.slot_bytes.high * pool.token_slots for pool in pools),
     )
 
 
@@ -297,6 +323,24 @@ def fill(pools: Sequence[Pool], budget: int) -> tuple[Pool, ...]:
     for index in sorted(range(len(pools)), key=lambda i: -pools[i].slot_bytes.high):
         left -= give(index, left)
     return tuple(replace(pool, slots=n) for pool, n in zip(pools, slots, strict=True))
+
+
+def _below_cliff(pools: Sequence[Pool]) -> bool:
+    return any(pool.slots < pool.token_slots for pool in pools)
+
+
+def _cliff_budget(pools: Sequence[Pool]) -> int:
+    """Return the smallest budget with which `_fill` gives every pool what one token uses."""
+    least = [replace(pool, slots=pool.floor) for pool in pools]
+    low = sum(replace(pool, slots=pool.token_slots).bytes for pool in pools)
+    high = sum(replace(pool, slots=pool.experts).bytes for pool in pools)
+    while low < high:
+        middle = (low + high) // 2
+        if _below_cliff(_fill(least, middle)):
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def _cache_reason(pools: Sequence[Pool]) -> str:

@@ -85,6 +85,7 @@ class Options:
     deterministic: bool = False
     low_file: Path | None = None
     resident_low: str = "auto"
+    warm_start: bool = True
     record: Path | None = None
     replay: Path | None = None
     memory: str = "auto"
@@ -188,6 +189,7 @@ class EvalOptions:
             ctx_size=self.ctx_size or needed,
             threads=self.threads,
             memory=self.memory,
+            warm_start=False,
         )
 
     def facts(self, model: Path, text: str) -> dict[str, Any]:
@@ -272,7 +274,7 @@ class PrepareOptions:
 
     def loading(self) -> Options:
         """Return how the model is named and loaded."""
-        return Options(model=self.model, threads=self.threads, memory=self.memory)
+        return Options(model=self.model, threads=self.threads, memory=self.memory, warm_start=False)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -380,6 +382,7 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
         "io": options.io,
         "io_threads": options.io_threads,
         "resident_low": options.resident_low,
+        "warm_start": options.warm_start,
         "verbose": options.verbose > 1,
     }
     # llama.cpp needs flash attention for a quantised V cache.

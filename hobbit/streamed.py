@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from .policy import Policy
 from .prediction import Prediction
 from .rule import Rule
 from .structs import policy_struct, rule_struct
+
+# How often reads in the background are gone on with while nothing is computed.
+_SETTLE_INTERVAL_S = 0.005
 
 Io = Literal["auto", "direct", "buffered"]
 
@@ -89,6 +93,8 @@ class StreamedModel:
         self.layout = layout
         self._cancelled = cancelled  # the native side reads it as long as it lives
         self._buffer_type = ffi.NULL
+        self._warming: threading.Thread | None = None
+        self._stop_warming = threading.Event()
         self._handle = self._open(io, io_threads)
         _native.register()
 
@@ -250,6 +256,37 @@ class StreamedModel:
         """Drop every cached copy."""
         lib.hobbit_model_forget(self._handle)
 
+    def usage(self) -> list[int]:
+        """How often each expert was looked up, of all groups in order."""
+        counts = ffi.new("uint64_t[]", self._n_experts())
+        lib.hobbit_model_usage(self._handle, counts)
+        return list(counts)
+
+    def warm(self, experts: Sequence[int]) -> None:
+        """Read experts, by their numbers in `usage`, in the background while there is room."""
+        places = [(g.index, e) for g in self.layout.groups for e in range(g.n_expert)]
+        chosen = [places[expert] for expert in experts]
+        groups, numbers = (ffi.new("int32_t[]", [place[i] for place in chosen]) for i in (0, 1))
+        error = error_buffer()
+        status = lib.hobbit_model_warm(
+            self._handle, groups, numbers, len(chosen), error, len(error)
+        )
+        check(status, error)
+        if self._warming is None or not self._warming.is_alive():
+            # A daemon could be in the native code while the interpreter goes away under it.
+            self._warming = threading.Thread(target=self._settle, name="hobbit-warm", daemon=False)
+            self._warming.start()
+
+    def _settle(self) -> None:
+        """Go on with what is read in the background until it is done, also at the program's end."""
+        main = threading.main_thread()
+        while main.is_alive() and not self._stop_warming.wait(_SETTLE_INTERVAL_S):
+            if lib.hobbit_model_settle(self._handle) == 0:
+                break
+
+    def _n_experts(self) -> int:
+        return sum(group.n_expert for group in self.layout.groups)
+
     def keep_low(self) -> None:
         """Read every low copy and keep it: misses then need not be waited for."""
         error = error_buffer()
@@ -330,6 +367,9 @@ class StreamedModel:
 
     def close(self) -> None:
         """Join the reader threads and free the cache."""
+        self._stop_warming.set()
+        if self._warming is not None:
+            self._warming.join()
         handle, self._handle = self._handle, ffi.NULL
         lib.hobbit_model_close(handle)
         lib.hobbit_buffer_type_free(self._buffer_type)

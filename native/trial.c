@@ -51,11 +51,14 @@ static void next_turn(struct hb_trial *t) {
 }
 
 void hb_trial_took(struct hb_trial *t, uint64_t ns) {
+    if (t->n_arms < 2) {
+        return;
+    }
     bool counts = t->turn < t->n_arms * HB_TRIAL_TURNS && t->left < HB_TRIAL_TURN;
     if (counts) {
         t->samples[t->arm][t->n[t->arm]++] = ns;
     }
-    if (--t->left == 0 && t->n_arms > 1) {
+    if (--t->left == 0) {
         next_turn(t);
     }
 }

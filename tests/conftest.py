@@ -29,6 +29,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HOBBIT_CACHE", _CACHE)
+    # What one test uses must not be read ahead in another, nor be written to the shared folder.
+    monkeypatch.setenv("HOBBIT_WARM_START", "0")
     monkeypatch.setenv("TERM", "dumb")
 
 

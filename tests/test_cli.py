@@ -96,6 +96,20 @@ def test_banner_and_stats_line_are_on_stderr(model: Path) -> None:
     assert sum(int(part.split()[1]) for part in parts.split(" + ")) == int(cap) == 1024
 
 
+def test_usage_is_remembered_unless_told_not_to(model: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "HOBBIT_CACHE": str(tmp_path)}
+    del env["HOBBIT_WARM_START"]
+    run = ("run", model, "one two", "-n", "8", *SMALL)
+    cold = hobbit(*run, "--no-warm-start", env=env)
+    assert cold.returncode == 0 and not [*tmp_path.iterdir()]
+    for _ in range(2):
+        warm = hobbit(*run, env=env)
+        assert (warm.returncode, warm.stdout) == (0, cold.stdout)
+    assert len([*tmp_path.glob("usage/*.json")]) == 1
+    report = json.loads(hobbit(*run, "--json", env=env).stdout)
+    assert report["config"]["warm_start"] is True
+
+
 def test_prompt_from_everywhere(model: Path, tmp_path: Path) -> None:
     (tmp_path / "f").write_text("one two\n")
     ways: list[Any] = [

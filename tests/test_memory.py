@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,38 @@ def test_describe_adds_up(layout: Layout) -> None:
     assert "expect few hits" in text
     assert "expect few hits" not in make(layout, 1500 + 4 * EXPERT).describe()
     assert json.loads(json.dumps(result.to_dict()))["cache_bytes"] == 3 * EXPERT
+
+
+def test_below_the_cliff(layout: Layout) -> None:
+    """Less than one token uses, over all layers: 2 experts in each of 2."""
+    below, above = make(layout, 1500 + 3 * EXPERT), make(layout, 1500 + 4 * EXPERT)
+    assert (below.below_cliff, above.below_cliff) == (True, False)
+    assert below.to_dict()["below_cliff"] is True
+    assert above.to_dict()["below_cliff"] is False
+    assert above.to_dict()["above_cliff_bytes"] is None
+    named = below.describe().splitlines()[-1]
+    assert f"--memory {below.above_cliff_bytes >> 20}M " in named
+    assert below.to_dict()["above_cliff_bytes"] == below.above_cliff_bytes
+    assert not make(layout, 1500 + 8 * EXPERT).below_cliff
+    assert not make(build_layout(fake({"a.weight": ((10,), 0)})), 2000).below_cliff
+    assert not replace(below, low_is_resident=True).below_cliff
+
+
+def test_a_pool_below_the_cliff(layout: Layout) -> None:
+    """All together there is room for a token, but not where its experts of layer 1 go."""
+    one, other = Pool(SlotBytes(100), 4, 4, 2, (0,)), Pool(SlotBytes(100), 2, 8, 2, (1, 2))
+    whole = make(layout, 1500 + 6 * EXPERT)
+    assert replace(whole, pools=(one, replace(other, slots=4))).below_cliff is False
+    assert replace(whole, pools=(one, other)).below_cliff
+
+
+@pytest.mark.parametrize("sizes", [(4 << 20, 4 << 20), (1 << 20, 9 << 20), (7 << 20, 3 << 20)])
+def test_the_cap_above_the_cliff_works(layout: Layout, sizes: tuple[int, int]) -> None:
+    slots = [SlotBytes(size) for size in sizes]
+    parts = [Line("dense", 100 << 20)]
+    below = plan(Cap((100 << 20) + 2 * sum(set(sizes)) + 5, ""), layout, parts, slots)
+    if len(set(sizes)) == 1:
+        assert below.below_cliff
+    cap = below.above_cliff_bytes
+    grown = [*parts, Line("process", (cap - below.cap.bytes) // 400)]
+    assert not plan(Cap(cap, ""), layout, grown, slots).below_cliff

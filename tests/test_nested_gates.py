@@ -62,6 +62,24 @@ def test_exact(name: str, bench: Bench) -> None:
                 assert stats.evictions > 0
 
 
+@pytest.mark.parametrize("rule", [EXACT, DETERMINISTIC, Rule(0.35, 0.75)])
+@pytest.mark.parametrize("cache", ["floor", "half", "all"])
+def test_a_warm_start(
+    rule: Rule, cache: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """High copies that nobody asked for come with their low ones, and are in nobody's way."""
+    monkeypatch.setenv("HOBBIT_CACHE", str(tmp_path))
+    path, copy = nested_of(bench, "qwen3moe")
+    found = []
+    for _ in range(3):
+        with opened(copy, cache, MIXED, rule=rule, warm_start=True) as llm:
+            found.append(run(llm, MIXED))
+    if rule.deterministic:
+        assert_same(found[0], found[2], f"warm, cache {cache}")
+    elif rule.is_exact:
+        assert_same(bench.stock(path, MIXED), found[2], f"warm, cache {cache}")
+
+
 def test_everything_cached_is_read_once(bench: Bench) -> None:
     """With room for all it settles: then nothing is read or evicted."""
     _, copy = nested_of(bench, "qwen3moe")

@@ -25,6 +25,7 @@ IMPORTS: dict[str, set[str]] = {
     "stock": set(),
     # Files and memory: nothing here runs a model.
     "demo": {"errors", "folders"},
+    "disk": {"errors", "folders"},
     "fingerprint": {"errors", "gguf_file"},
     "gguf_file": {"errors"},
     "hub": {"errors"},
@@ -32,6 +33,7 @@ IMPORTS: dict[str, set[str]] = {
     "layout": {"errors", "gguf_file"},
     "memory": {"errors", "layout", "sizes"},
     "sizes": {"errors"},
+    "usage": {"folders"},
     # The low-precision copy.
     "importance": {"errors", "gguf_file", "layout"},
     "low_file": {"errors", "fingerprint", "folders", "gguf_file", "layout", "low_types"},
@@ -57,6 +59,7 @@ IMPORTS: dict[str, set[str]] = {
     "llama": {
         "_log", "_native", "cpus", "errors", "fingerprint", "gguf_file", "layout", "memory",
         "policy", "prediction", "quality", "rule", "schedule", "sizes", "stats", "streamed",
+        "usage",
     },
     "schedule": {"errors"},
     "streamed": {
