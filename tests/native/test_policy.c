@@ -223,9 +223,6 @@ static void new_sequence(void) {
     hb_cache_reset(cache);
     m.token = ages ? m.token + 2 * (double) m.policy->half_life : 0;
     m.n_uses = ages ? m.n_uses : 0;
-    for (int g = 0; g < GROUPS && !ages; g++) {
-        memset(m.next_use[g], 0, sizeof m.next_use[g]);
-    }
 }
 
 static void something_else(uint64_t *seed) {
