@@ -336,7 +336,7 @@ def _cliff_budget(pools: Sequence[Pool]) -> int:
     high = sum(replace(pool, slots=pool.experts).bytes for pool in pools)
     while low < high:
         middle = (low + high) // 2
-        if _below_cliff(_fill(least, middle)):
+        if _below_cliff(fill(least, middle)):
             low = middle + 1
         else:
             high = middle

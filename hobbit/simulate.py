@@ -186,7 +186,7 @@ def simulate(
     """Replay a trace from an empty cache; `predicted` takes in the predictions that it has.
 
     Raises UsageError for a rule that asks for low copies, or gate weights, that the trace does not
-    have, and for cache-aware routing, whose choices are not in it.
+    have, for cache-aware routing, whose choices are not in it, and for nested copies.
     """
     _check(trace, rule)
     keep, n = _Kept(), len(trace)
@@ -224,6 +224,11 @@ def simulate(
 def _check(trace: Trace, rule: Rule) -> None:
     if rule.substitute:
         raise UsageError("cache-aware routing cannot be replayed: it changes what is chosen")
+    if trace.note.get("nested"):
+        raise UsageError(
+            f"{trace.path}: is of a nested copy, whose high copies are made from low ones: that is "
+            "not simulated; record the trace with the model it was made from"
+        )
     if rule.needs_low and not all(group.expert_bytes[1] for group in trace.groups):
         raise UsageError(
             f"{trace.path}: has no low-precision copies: hobbit prepare makes them, and a trace "

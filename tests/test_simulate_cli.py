@@ -16,7 +16,7 @@ from hobbit.errors import UsageError
 from hobbit.lab import Lab, LabOptions, compare
 from hobbit.policy import BELADY, POLICIES, SIMULATED, Policy, parse_policy
 from hobbit.report import lab_lines
-from hobbit.rule import Rule
+from hobbit.rule import EXACT, Rule
 from hobbit.simulate import (
     Machine,
     all_bytes,
@@ -90,9 +90,11 @@ class TestSimulating:
         pools = pools_of(trace, all_bytes(trace))
         bare = read_trace(pseudo_trace(tmp_path / "b", tokens=5, weights=False))
         high = read_trace(pseudo_trace(tmp_path / "h", tokens=5, low_bytes=0))
+        nested = replace(trace, note={**trace.note, "nested": True})
         for which, rule, words in (
             (bare, Rule(0.4, 0.9), "no gate weights"),
             (high, Rule(0.4, 0.9), "no low-precision copies"),
+            (nested, EXACT, "nested copy"),
             (trace, Rule(substitute=0.5), "cannot be replayed"),
             (trace, Rule((0.5,), (0.9,) * 9), "9 values|9 layers"),
         ):
