@@ -318,7 +318,7 @@ int32_t hobbit_nested_split(const void *q8_0, void *high_plane, void *low_plane,
                             const float *importance, size_t row_blocks);
 void hobbit_nested_merge(const void *high_plane, const void *low_plane, void *q8_0, size_t n_blocks);
 /* Replay a trace, from an empty cache. HOBBIT_ARG: a number makes no sense, the cache is too small for what one layer
- * needs, or the rule wants gate weights that the trace does not have. Needs no model, keeps no state: from any thread. */
+ * needs, or the rule wants gate weights that the trace does not have. Needs no model and keeps no state. */
 int32_t hobbit_simulate(const struct hobbit_routing *trace, const struct hobbit_simulation *simulation,
                         struct hobbit_simulated *out, char *err, size_t err_len);
 /* cdef end */

@@ -1,5 +1,5 @@
-/* Description: for every policy and random use, who is evicted is who a search through all copies finds, by the formulas
- * in policy.h worked out from the list of all uses. */
+/* Description: for every policy and random use, who is evicted is who a search through all copies finds, by policy.h's
+ * formulas, worked out from the list of all uses. */
 #include "policy.h"
 
 #include <math.h>
