@@ -109,6 +109,11 @@ static void thresholds_choose_copies(void) {
     CHECK(out.pairs[HOBBIT_HIGH] == 4 && out.pairs[HOBBIT_LOW] == 1 && out.pairs[HOBBIT_SKIP] == 1);
     CHECK(read_bytes[0] == 120 && read_low_bytes[0] == 30 && read_bytes[1] == 90);
     CHECK(hits[2] == 1 && misses[2] == 1 && out.promotions == 1);
+    struct hobbit_pool larger = {.bytes = 340, .slot_bytes = {100, 40}, .n_slots = {3, 8}};
+    s.pools = &larger;
+    add(L, 0, 0, 2); /* where 1's low copy was, which nobody had to evict, is room for 2's */
+    CHECK_EQUAL(run(&s), HOBBIT_OK);
+    CHECK(evictions[2] == 0 && evictions[3] == 0 && misses[3] == 1);
     has_weights[1] = 0;
     CHECK_EQUAL(run(&s), HOBBIT_ARG);
     CHECK_TEXT(err, "no gate weights");
@@ -155,9 +160,13 @@ static void what_is_predicted_is_protected(void) {
     add(P, 1, 0, 2); /* 1.0 is the oldest */
     add(L, 0, 2, 1); /* a second piece of the layer */
     add(L, 1, 0, 3);
+    add(L, 0, 0, 1);
+    add(L, 0, 2, 3);
+    add(L, 1, 0, 1); /* no longer */
     for (s.predicted = 0; s.predicted < 2; s.predicted++) {
         CHECK_EQUAL(run(&s), HOBBIT_OK);
         CHECK_EQUAL(hits[4], s.predicted);
+        CHECK_EQUAL(hits[7], 0);
     }
 }
 
