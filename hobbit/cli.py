@@ -43,6 +43,7 @@ from .render import (
 from .sizes import format_size
 
 if TYPE_CHECKING:
+    from .bench_options import BenchOptions
     from .calibration import Calibration
     from .choices import ChoiceRow
     from .evaluate import Row
@@ -837,6 +838,102 @@ def trace(
         raise Interrupted from exc
 
 
+@app.command()
+def bench(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Paths of .gguf files, or demo (the default)."),
+    ] = None,
+    model: Annotated[
+        list[str] | None, _flag("-m", "--model", help="MODEL, as a flag (repeatable).")
+    ] = None,
+    n_prompt: Annotated[
+        str,
+        _flag(
+            "-p",
+            "--n-prompt",
+            help="Tokens of the prompt. Of this, -n, -d, -b, -ub, -ctk, -ctv and -t several may be "
+            "given: 128,512 or 128-512*2.",
+        ),
+    ] = "512",
+    n_gen: Annotated[
+        str, _flag("-n", "--n-gen", help="Tokens decoded after it, one at a time.")
+    ] = "128",
+    pg: Annotated[
+        list[str] | None,
+        _flag("-pg", "--pg", metavar="PP,TG", help="A prompt and decoding as one (repeatable)."),
+    ] = None,
+    n_depth: Annotated[str, _flag("-d", "--n-depth", help="Tokens in the context before.")] = "0",
+    batch_size: Annotated[str, _flag("-b", "--batch-size", help="Logical batch.")] = "2048",
+    ubatch_size: Annotated[str, _flag("-ub", "--ubatch-size", help="Batch.")] = "512",
+    cache_type_k: Annotated[str, _flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
+    cache_type_v: Annotated[str, _flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    threads: Annotated[
+        str, _flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = "",
+    repetitions: Annotated[int, _flag("-r", "--repetitions", min=1, help="Runs of each arm.")] = 5,
+    output: Annotated[str, _flag("-o", "--output", help="md, csv, json or jsonl.")] = "md",
+    delay: Annotated[float, _flag("--delay", min=0, help="Seconds to wait before each run.")] = 0.0,
+    arm: Annotated[
+        list[str] | None,
+        _flag(
+            "--arm",
+            help="What is compared (repeatable, or with commas): exact, high, balanced, fast, a KL "
+            "budget, stock-mmap, stock (llama.cpp, without mmap); ARM@CAP has a cap of its own, as "
+            "stock@none (default: exact).",
+        ),
+    ] = None,
+    memory: Annotated[
+        str,
+        _flag(
+            "--memory",
+            "--ram",
+            help="Cap on each process, page cache included: 8G, 50% of the machine's memory, "
+            "55%model of the model's file, or none. Needs root, or systemd.",
+        ),
+    ] = "none",
+    read_bps: Annotated[
+        str, _flag("--read-bps", help="Hold the disk to so many bytes a second, as 500M.")
+    ] = "",
+    text: Annotated[
+        str,
+        _flag("--text", help="Text that is fed, or random (tokens; default: a built-in text)."),
+    ] = "",
+    warm: Annotated[
+        bool,
+        _flag(
+            "--warm/--cold",
+            "--warmup/--no-warmup",
+            help="Feed the prompt and a few tokens before what is timed, or start with nothing "
+            "of the model in memory.",
+        ),
+    ] = True,
+    roofline: Annotated[
+        bool,
+        _flag(
+            "--roofline/--no-roofline",
+            help="Compare with the longer of computing with everything in memory, which is "
+            "measured too, and reading what was missed.",
+        ),
+    ] = True,
+    breakdown: Annotated[
+        bool,
+        _flag("--breakdown", "--verbose", "-v", help="Show where a token's time goes (md)."),
+    ] = False,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Measure speed as llama-bench does, of hobbit's modes and of stock llama.cpp, under a cap."""
+    values = dict(locals())
+    try:
+        from .bench_options import BenchOptions
+
+        for name in ("words", "model", "pg", "arm"):
+            values[name] = tuple(values[name] or ())
+        return _bench(BenchOptions(**values))
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
+
+
 def _trace(options: TraceOptions) -> int:
     from .report import trace_lines
     from .trace import read_trace
@@ -885,6 +982,26 @@ def _record_routing(options: TraceOptions, loading: Options, dest: Path, screen:
         )
 
 
+def _bench(options: BenchOptions) -> int:
+    from .bench import measure
+    from .bench_rows import FORMATS, as_markdown, rows
+    from .gguf_file import open_gguf
+    from .layout import build_layout
+
+    screen = Screen(options.quiet)
+    for loading in options.loading():
+        _check_name(loading)
+    paths = [_model_path(loading, screen) for loading in options.loading()]
+    setups = [options.setup(build_layout(open_gguf(path))) for path in paths]
+    found = []
+    for setup in setups:
+        screen.say(model_line(setup.layout), *resident_lines(setup.layout))
+        found += rows(measure(setup, screen.say))
+    breakdown = options.breakdown and options.output == "md"
+    _print(as_markdown(found, True) if breakdown else FORMATS[options.output](found))
+    return 0
+
+
 @app.command()
 def simulate(
     traces: Annotated[
@@ -926,6 +1043,9 @@ def simulate(
     predict: Annotated[
         str, _flag("--predict", help="none, or recorded: the trace's own predictions.")
     ] = "none",
+    odds: Annotated[
+        float, _flag("--odds", min=0, max=1, help="Read ahead what has at least these odds.")
+    ] = 0.0,
     t1: Annotated[
         float | None,
         _flag("--t1", help="For experts: score above which low precision will do.", max=1),

@@ -27,6 +27,15 @@ def has_amx(cpuinfo: Path = _CPUINFO) -> bool:
         return False
 
 
+def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Return the processor's name, "unknown" where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
+
+
 def _allowed() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

@@ -6,6 +6,7 @@ HobbitError
  +- PlanError (MemoryError)        the memory cap is below what the model needs
  +- ReadError (OSError)            an expert could not be read while generating
  +- Cancelled                      the generation was cancelled
+ +- CapUnavailable                 this system or user cannot limit a process as a benchmark asks
  +- UsageError (ValueError)        an option has a value that means nothing
 
 The message is one line that a person can act on. Each class also inherits the built-in that a user
@@ -49,6 +50,10 @@ class Cancelled(HobbitError):
     """The generation was cancelled by `Llama.cancel()`."""
 
     exit_code = 130
+
+
+class CapUnavailable(HobbitError):
+    """This process may not make the cgroup that a benchmark's cap or read limit needs."""
 
 
 class UsageError(HobbitError, ValueError):

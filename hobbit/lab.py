@@ -47,6 +47,7 @@ class LabOptions:
     sweep: tuple[str, ...] = ()
     tune: bool = False
     predict: str = "none"
+    odds: float = 0.0
     t1: float | None = None
     t2: float | None = None
     patience: int = 0
@@ -131,7 +132,7 @@ class Lab:
 
     def __init__(self, options: LabOptions) -> None:
         self.rule, self.machine = options.rule, options.machine
-        self.predicted = options.predict == "recorded"
+        self.predicted, self.odds = options.predict == "recorded", options.odds
         trace = joined([read_trace(path.expanduser()) for path in options.traces])
         if options.one_sequence:
             trace = without_sequences(trace)
@@ -165,7 +166,13 @@ class Lab:
 
     def run(self, policy: Policy, pools: tuple[Pool, ...]) -> Simulated:
         return simulate(
-            self.trace, pools, policy, self.rule, self.machine, predicted=self.predicted
+            self.trace,
+            pools,
+            policy,
+            self.rule,
+            self.machine,
+            predicted=self.predicted,
+            odds=self.odds,
         )
 
     def read_bytes(self, policy: Policy, pools: tuple[Pool, ...]) -> int:
@@ -242,6 +249,7 @@ class Lab:
             "all_bytes": all_bytes(self.trace),
             "rule": {"t1": self.rule.t1, "t2": self.rule.t2, "patience": self.rule.patience},
             "predicted": self.predicted,
+            "odds": self.odds,
             "disk_bytes_s": self.machine.disk,
             "compute_s": self.machine.compute_s,
         }

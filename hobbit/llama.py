@@ -186,6 +186,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "unscored": c.unscored,
                 "promotions": c.promotions,
                 "stand_ins": c.stand_ins,
+                "predicted": c.predicted,
+                "predicted_right": c.predicted_right,
                 "ahead": c.ahead,
                 "ahead_used": c.ahead_used,
                 "ahead_bytes": c.ahead_bytes,
@@ -508,7 +510,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         rows = max(min(_BATCH_BYTES // row, tokens * used), tokens)
         tables = min(_ROW_TABLE_BYTES, 8 * tokens * used * 4096)
         threads = int(self._own_arguments["io_threads"] or _IO_THREADS)
-        return rows * row * 4 // 3 + tables + threads * _BOUNCE_BYTES
+        predicting = self._moe().prediction_bytes(self.prediction)
+        return rows * row * 4 // 3 + tables + threads * _BOUNCE_BYTES + predicting
 
 
 _patch_lock = threading.Lock()

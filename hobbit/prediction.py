@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import UsageError
 
@@ -11,36 +13,41 @@ KINDS = ("auto", "gate", "map", "none")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predictor: `depth` layers ahead at most, and not where it was found to cost more than it
-    brings, unless `always`."""
+    """A predictor: it looks `depth` layers ahead at most, what it predicts is read ahead where its
+    odds are at least `odds`, and it rests where it costs more than it brings, unless `always`."""
 
     kind: str = "auto"
-    depth: int = 3
+    depth: int = 2
+    odds: float = 0.7
     always: bool = False
 
     def __str__(self) -> str:
-        known = Prediction(self.kind)
-        depth = f"depth={self.depth}" if self.depth != known.depth else ""
-        settings = ",".join(filter(None, (depth, "always" if self.always else "")))
-        return f"{self.kind}:{settings}" if settings else self.kind
+        settings = [
+            f"{name}={getattr(self, name):g}"
+            for name in ("depth", "odds")
+            if getattr(self, name) != getattr(Prediction, name)
+        ]
+        settings += ["always"] if self.always else []
+        return f"{self.kind}:{','.join(settings)}" if settings else self.kind
 
 
 def parse_prediction(text: str) -> Prediction:
-    """Read `KIND`, `KIND:always` or `KIND:depth=2,always`; raise UsageError."""
+    """Read `KIND`, `KIND:always` or `KIND:depth=2,odds=0.8`; raise UsageError."""
     kind, _, settings = text.partition(":")
     if kind not in KINDS:
         raise UsageError(f"there is no predictor {kind!r}: use one of {', '.join(KINDS)}")
-    depth, always = Prediction.depth, False
+    changed: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         name, _, value = setting.partition("=")
         if setting == "always":
-            always = True
-        elif name == "depth" and value.isdigit() and 1 <= int(value) <= 8:
-            depth = int(value)
+            changed["always"] = True
+        elif name == "depth" and value in ("1", "2", "3", "4"):
+            changed["depth"] = int(value)
+        elif name == "odds" and re.fullmatch(r"0?\.\d+|[01]", value):
+            changed["odds"] = float(value)
         else:
-            raise UsageError(
-                f"a predictor has no setting {setting!r}: use always, depth=1 to depth=8"
-            )
-    if always and kind == "auto":
+            known = "always, depth=1 to depth=4, odds=0 to odds=1"
+            raise UsageError(f"a predictor has no setting {setting!r}: use {known}")
+    if "always" in changed and kind == "auto":
         raise UsageError("auto:always contradicts itself: name a predictor, as in gate:always")
-    return Prediction(kind, depth, always)
+    return Prediction(kind, **changed)

@@ -182,8 +182,10 @@ def simulate(
     machine: Machine = Machine(),
     *,
     predicted: bool = False,
+    odds: float = 0.0,
 ) -> Simulated:
-    """Replay a trace from an empty cache; `predicted` takes in the predictions that it has.
+    """Replay a trace from an empty cache; `predicted` takes in the predictions that it has,
+    and reads ahead what was predicted with at least these odds.
 
     Raises UsageError for a rule that asks for low copies, or gate weights, that the trace does not
     have, for cache-aware routing, whose choices are not in it, and for nested copies.
@@ -203,7 +205,7 @@ def simulate(
     _describe_cache(given, keep, trace, pools)
     given.policy = policy_struct(policy, _low_cost(trace))[0]
     given.rule = native_rule.pointer[0]
-    given.predicted = predicted
+    given.predicted, given.least_odds = predicted, odds
     given.disk_bytes_s = machine.disk
     given.compute_s = machine.compute_s / len(trace.groups)
     out = ffi.new("struct hobbit_simulated *")

@@ -22,6 +22,8 @@ _COUNTERS = (
     "unscored",
     "promotions",
     "stand_ins",
+    "predicted",
+    "predicted_right",
     "ahead",
     "ahead_used",
     "ahead_bytes",
@@ -41,6 +43,7 @@ class Stats:
     pairs that were scored, `unscored` those that had to be high because the gate weights of their
     layer are not seen. `promotions` are high copies read although a low one was cached, `stand_ins`
     experts that got a resident low copy though they needed a high one.
+    `predicted` are experts predicted for the next layer, `predicted_right` those that it chose.
     `ahead` are copies read because they were predicted, `ahead_used` those of them that were then
     used; `ahead_bytes` and `ahead_wasted_bytes` what they took and what of it was in vain.
     `stall_s` is the time in which computing waited for a read, `moe_s` the time in the experts'
@@ -64,6 +67,8 @@ class Stats:
     unscored: int = 0
     promotions: int = 0
     stand_ins: int = 0
+    predicted: int = 0
+    predicted_right: int = 0
     ahead: int = 0
     ahead_used: int = 0
     ahead_bytes: int = 0

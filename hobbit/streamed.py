@@ -232,10 +232,27 @@ class StreamedModel:
         native, error = policy_struct(policy, self._low_cost()), error_buffer()
         check(lib.hobbit_model_set_policy(self._handle, native, error, len(error)), error)
 
+    def _native_prediction(self, prediction: Prediction) -> Any:
+        n_embd = self.layout.gguf.get(f"{self.layout.gguf.arch}.embedding_length", 0)
+        native = {
+            "kind": getattr(lib, f"HOBBIT_PREDICT_{prediction.kind.upper()}"),
+            "depth": prediction.depth,
+            "always": prediction.always,
+            "n_embd": n_embd,
+            "least_odds": prediction.odds,
+        }
+        return ffi.new("struct hobbit_prediction *", native)
+
+    def prediction_bytes(self, prediction: Prediction) -> int:
+        """Bytes that predicting so takes."""
+        groups = self.layout.groups
+        native = self._native_prediction(prediction)
+        most = max(group.n_expert for group in groups)
+        return int(lib.hobbit_prediction_bytes(native, len(groups), most))
+
     def set_prediction(self, prediction: Prediction) -> None:
         """Predict so from now on."""
-        kind = getattr(lib, f"HOBBIT_PREDICT_{prediction.kind.upper()}")
-        native = ffi.new("struct hobbit_prediction *", [kind, prediction.depth, prediction.always])
+        native = self._native_prediction(prediction)
         error = error_buffer()
         check(lib.hobbit_model_set_prediction(self._handle, native, error, len(error)), error)
 

@@ -16,9 +16,14 @@ NAMES = (CALIBRATION, SAMPLE)
 
 def built_in(name: str) -> str:
     """Return a built-in text by its name, one of NAMES: English of several kinds, and Python."""
+    return path_of(name).read_text(encoding="utf-8")
+
+
+def path_of(name: str) -> Path:
+    """Return the file of a built-in text."""
     if name not in NAMES:
         raise ValueError(f"no text is called {name!r}")
-    return (_DATA / f"{name}.txt").read_text(encoding="utf-8")
+    return _DATA / f"{name}.txt"
 
 
 def read(file: Path | None, built: str = SAMPLE) -> str:

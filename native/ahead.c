@@ -23,7 +23,7 @@ static bool is_expected(const struct hobbit_model *m, struct hb_key key) {
 }
 
 /* False when nothing more is to be expected: no room to remember it, or for too much of the cache. */
-static bool expect(struct hobbit_model *m, struct hb_key key) {
+static bool expect(struct hobbit_model *m, struct hb_key key, bool read) {
     int32_t most = hb_model_arena(m, key.group, key.precision).n_slots / SHARE;
     if (m->n_expected == HB_MOST_EXPECTED || m->n_expected >= most) {
         return false;
@@ -34,6 +34,9 @@ static bool expect(struct hobbit_model *m, struct hb_key key) {
         hb_cache_pin(m->cache, key, true);
         e->pinned = true;
     } else if (hb_cache_slot(m->cache, key) < 0) {
+        if (!read) {
+            return true;
+        }
         if (!hb_model_start_read(m, key, true)) {
             return false;
         }
@@ -45,7 +48,7 @@ static bool expect(struct hobbit_model *m, struct hb_key key) {
 }
 
 bool hb_model_expect(struct hobbit_model *m, int32_t group, int32_t n, const int32_t *experts,
-                     const int32_t *precisions) {
+                     const int32_t *precisions, const float *odds) {
     bool all_cached = true;
     for (int32_t i = 0; i < n; i++) {
         struct hb_key key = {group, experts[i], precisions[i]};
@@ -53,7 +56,7 @@ bool hb_model_expect(struct hobbit_model *m, int32_t group, int32_t n, const int
             continue;
         }
         all_cached = all_cached && hb_cache_peek(m->cache, key) >= 0;
-        if (!expect(m, key)) {
+        if (!expect(m, key, odds[i] >= m->prediction.least_odds)) {
             return false;
         }
     }
@@ -91,14 +94,39 @@ static int32_t kind_of_arm(const struct hobbit_model *m, int32_t arm) {
     return m->prediction.kind == HOBBIT_PREDICT_AUTO ? all[arm] : arm == 0 ? HOBBIT_PREDICT_NONE : m->prediction.kind;
 }
 
+static int32_t most_experts(const struct hobbit_model *m) {
+    int32_t most = 0;
+    for (int32_t g = 0; g < m->catalog.n_groups; g++) {
+        most = m->catalog.groups[g].n_expert > most ? m->catalog.groups[g].n_expert : most;
+    }
+    return most;
+}
+
+uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *p, int32_t n_groups, int32_t n_expert) {
+    bool gate = p->kind == HOBBIT_PREDICT_GATE || p->kind == HOBBIT_PREDICT_AUTO;
+    return gate ? hb_forecast_bytes(n_groups, p->n_embd, n_expert, p->depth) : 0;
+}
+
 int32_t hobbit_model_set_prediction(struct hobbit_model *m, const struct hobbit_prediction *prediction, char *err,
                                     size_t err_len) {
     int32_t kind = prediction->kind;
-    if (kind < HOBBIT_PREDICT_NONE || kind > HOBBIT_PREDICT_AUTO || prediction->depth < 1 || prediction->depth > 8) {
+    bool good = kind >= HOBBIT_PREDICT_NONE && kind <= HOBBIT_PREDICT_AUTO && prediction->depth >= 1 &&
+                prediction->depth <= HB_FORECAST_DEPTH && prediction->n_embd > 0 && prediction->least_odds >= 0;
+    if (!good) {
         snprintf(err, err_len, "the prediction has a number that makes no sense");
         return HOBBIT_ARG;
     }
+    struct hb_forecast *forecast = NULL;
+    if (kind == HOBBIT_PREDICT_GATE || kind == HOBBIT_PREDICT_AUTO) {
+        forecast = hb_forecast_new(m->catalog.n_groups, prediction->n_embd, most_experts(m), prediction->depth);
+        if (forecast == NULL) {
+            snprintf(err, err_len, "out of memory");
+            return HOBBIT_NOMEM;
+        }
+    }
     hb_model_lock(m);
+    hb_forecast_free(m->forecast);
+    m->forecast = forecast;
     m->prediction = *prediction;
     bool trial = kind != HOBBIT_PREDICT_NONE && !prediction->always;
     hb_trial_start(&m->trial, !trial ? 1 : kind == HOBBIT_PREDICT_AUTO ? HB_TRIAL_ARMS : 2);
@@ -120,6 +148,10 @@ void hb_model_note_pass(struct hobbit_model *m, int32_t n_tokens) {
     m->pass.single = n_tokens == 1;
 }
 
-struct hb_router *hb_model_router(struct hobbit_model *m, int32_t group) {
-    return &m->routers[group];
+struct hb_router *hb_model_routers(struct hobbit_model *m) {
+    return m->routers;
+}
+
+struct hb_forecast *hb_model_forecast(struct hobbit_model *m) {
+    return m->forecast;
 }

@@ -172,6 +172,7 @@ struct hobbit_simulation {
     struct hobbit_policy policy;             /* any kind */
     struct hobbit_rule rule;                 /* without `substitute`: the trace has what was computed */
     int32_t predicted;                       /* take in the trace's predictions */
+    double least_odds;                       /* what is predicted with smaller ones is protected, but not read ahead */
     double disk_bytes_s;                     /* 0: reading takes no time */
     double compute_s;                        /* of one layer, for one token */
 };
@@ -190,7 +191,7 @@ struct hobbit_simulated {
 /* Which experts the next layers will use. */
 enum hobbit_predict {
     HOBBIT_PREDICT_NONE = 0,
-    HOBBIT_PREDICT_GATE = 1, /* the next layers' routers on this layer's input (HOBBIT, section 3.3) */
+    HOBBIT_PREDICT_GATE = 1, /* the next layers' routers on this layer's input: see native/forecast.h */
     HOBBIT_PREDICT_MAP  = 2, /* what earlier tokens with a similar routing used (fMoE) */
     HOBBIT_PREDICT_AUTO = 3, /* whichever is fastest */
 };
@@ -198,7 +199,9 @@ enum hobbit_predict {
 struct hobbit_prediction {
     int32_t kind;   /* enum hobbit_predict */
     int32_t depth;  /* layers to look ahead at most */
-    int32_t always; /* else it is left out in tokens for which that was found to be faster */
+    int32_t always; /* else it is left out for tokens for which that was found to be faster */
+    int32_t n_embd; /* what routers get of a token */
+    float least_odds; /* what is predicted with smaller ones is not read ahead */
 };
 
 struct hobbit_stats {
@@ -211,6 +214,7 @@ struct hobbit_stats {
     uint64_t promotions;                          /* high copies read although a low one was cached */
     uint64_t stand_ins;                           /* experts that needed high and got a low copy that is kept */
     int32_t predictor;        /* enum hobbit_predict: in force now */
+    uint64_t predicted, predicted_right; /* experts predicted for the next layer, and those that it chose */
     uint64_t ahead, ahead_used; /* copies that prediction asked for, and those of them that were used in time */
     uint64_t ahead_bytes, ahead_wasted_bytes; /* read for predictions, and of that for copies never used */
     uint64_t stall_ns;   /* the computation waited for reads */
@@ -266,6 +270,8 @@ int32_t hobbit_model_keep_low(struct hobbit_model *model, char *err, size_t err_
 /* Evict by this policy from now on; a model starts with LRU. HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_set_policy(struct hobbit_model *model, const struct hobbit_policy *policy, char *err,
                                 size_t err_len);
+/* The bytes that predicting so takes, for experts in so many groups. */
+uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *prediction, int32_t n_groups, int32_t n_expert);
 /* HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_set_prediction(struct hobbit_model *model, const struct hobbit_prediction *prediction, char *err,
                                     size_t err_len);

@@ -158,7 +158,7 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
         m->in_foreground++;
         return HB_FETCH_STARTED;
     }
-    return HB_FETCH_WAIT; /* a low copy that is being read with its high one */
+    return HB_FETCH_WAIT; /* a low copy that is being read with its high one, or a read that was given up */
 }
 
 static void count_arrival(struct hobbit_model *m, struct hb_key key, bool background) {

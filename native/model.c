@@ -270,6 +270,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->asked_at);
     free(m->used);
     free(m->routers);
+    hb_forecast_free(m->forecast);
     free(m->warm);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);
@@ -295,6 +296,8 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .misses = atomic_load(&c->misses),
         .evictions = atomic_load(&c->evictions),
         .predictor = hb_model_predictor(m, &(int32_t) {0}),
+        .predicted = atomic_load(&c->predicted),
+        .predicted_right = atomic_load(&c->predicted_right),
         .ahead = atomic_load(&c->ahead),
         .ahead_used = atomic_load(&c->ahead_used),
         .ahead_bytes = atomic_load(&c->ahead_bytes),

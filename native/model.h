@@ -13,6 +13,7 @@
 
 #include "cache.h"
 #include "catalog.h"
+#include "forecast.h"
 #include "hobbit.h"
 #include "reader.h"
 #include "rule.h"
@@ -20,7 +21,7 @@
 
 struct hb_counters {
     atomic_uint_fast64_t hits, misses, evictions, cached, stall_ns, compute_ns, splits, dense_bytes;
-    atomic_uint_fast64_t ahead, ahead_used, ahead_bytes, ahead_wasted_bytes, predict_ns, manage_ns;
+    atomic_uint_fast64_t predicted, predicted_right, ahead, ahead_used, ahead_bytes, ahead_wasted_bytes, predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
 };
@@ -30,15 +31,6 @@ struct hb_gathered {
     int64_t *scores;
     float *const *sums;
     int64_t *const *counts;
-};
-
-/* The router of a layer; see router.h. Vectors are [n_expert], or NULL where there is none. */
-struct hb_router {
-    const float *matrix; /* [n_expert][n_embd]; NULL: not known */
-    const float *bias, *bias_of_choice; /* added to the products; added to p when the largest are chosen */
-    const float *norm; /* [n_embd] what its normalised input was multiplied with */
-    bool sigmoid;      /* p is a sigmoid, else the softmax */
-    int32_t n_embd, n_expert, n_used;
 };
 
 struct hb_arena {
@@ -95,17 +87,19 @@ void hb_model_settle(struct hobbit_model *model);
 void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
 /* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
-/* The router of a group's layer, for the caller to fill in; all zero until then. */
-struct hb_router *hb_model_router(struct hobbit_model *model, int32_t group);
+/* The routers, one a group, for the caller to fill in; all zero until then. And the predictor that learns from them: NULL
+ * unless it was asked for. */
+struct hb_router *hb_model_routers(struct hobbit_model *model);
+struct hb_forecast *hb_model_forecast(struct hobbit_model *model);
 /* The predictor in force, HOBBIT_PREDICT_NONE or one that can be asked; and how many layers ahead it may look. */
 int32_t hb_model_predictor(const struct hobbit_model *model, int32_t *depth);
 /* What hb_model_choose would say now, without any consequence. */
 int32_t hb_model_expectation(const struct hobbit_model *model, int32_t group, int32_t expert, int32_t need);
-/* These copies, the likeliest first, will probably be used when the group is computed: those cached are protected until
- * then, the others are read while nothing else is. Returns whether all are cached, which is to say that looking further
+/* These copies will be used when the group is computed, with such odds, the likeliest first: those cached are protected
+ * until then; the others are read while nothing else is, unless the odds are poor. Returns whether all are cached, which is to say that looking further
  * ahead pays. */
 bool hb_model_expect(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
-                     const int32_t *precisions);
+                     const int32_t *precisions, const float *odds);
 /* The look-ups of this group are done: what was read for it and not asked for is not read to its end. -1: of any. */
 void hb_model_give_up(struct hobbit_model *model, int32_t group);
 

@@ -78,6 +78,7 @@ struct hobbit_model {
     struct hb_expected expected[HB_MOST_EXPECTED];
     int32_t n_expected;
     struct hb_router *routers; /* one a group */
+    struct hb_forecast *forecast; /* NULL: not wanted */
     struct hobbit_prediction prediction;
     struct hb_trial trial; /* of predictors */
     struct {

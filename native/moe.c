@@ -320,7 +320,7 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     look_up(&wave);
     fetch(&wave);
     hb_model_give_up(s->model, s->group);
-    hb_predict(&moe->forecast, s);
+    hb_predict(&moe->forecast, s, &moe->routing);
     enum ggml_status status = fits_in_place(&wave) ? compute_in_place(&wave) : compute_in_batches(&wave);
     drain(&wave);
     return status;

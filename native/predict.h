@@ -3,10 +3,11 @@
 #define HB_PREDICT_H
 
 #include "block.h"
+#include "routing.h"
 #include "segment.h"
 
 /* Tell the model what to expect of the layers after the segment's. `memory` is work space; where it is short nothing is
  * predicted. Call it when the segment's own reads are under way. */
-void hb_predict(struct hb_block *memory, const struct hb_segment *segment);
+void hb_predict(struct hb_block *memory, const struct hb_segment *segment, const struct hb_routing *routing);
 
 #endif

@@ -1,8 +1,5 @@
 #include "router.h"
 
-#include <math.h>
-
-#include "ggml-cpu.h"
 
 /* Between the router's product and the ids there are few nodes: biases, softmax or sigmoid, top-k, views. */
 #define SEARCH_DEPTH 16
@@ -76,28 +73,4 @@ bool hb_router_find(const struct hb_segment *s, struct hb_router *router, const 
 
 const float *hb_router_row(const struct ggml_tensor *input, int64_t token) {
     return (const float *) ((const char *) input->data + (size_t) token * input->nb[1]);
-}
-
-void hb_router_logits(const struct hb_router *router, const float *x, float *z) {
-    ggml_vec_dot_t dot = ggml_get_type_traits_cpu(GGML_TYPE_F32)->vec_dot;
-    for (int32_t e = 0; e < router->n_expert; e++) {
-        dot(router->n_embd, &z[e], 0, router->matrix + (int64_t) e * router->n_embd, 0, x, 0, 1);
-        z[e] += router->bias != NULL ? router->bias[e] : 0;
-    }
-}
-
-void hb_router_probs(const struct hb_router *router, const float *z, float *p, float *choice) {
-    float most = -INFINITY, sum = 0;
-    for (int32_t e = 0; e < router->n_expert; e++) {
-        most = z[e] > most ? z[e] : most;
-    }
-    for (int32_t e = 0; e < router->n_expert; e++) {
-        p[e] = router->sigmoid ? 1 / (1 + expf(-z[e])) : expf(z[e] - most);
-        sum += p[e];
-    }
-    for (int32_t e = 0; e < router->n_expert; e++) {
-        float raw = router->sigmoid ? p[e] : p[e] / sum;
-        choice[e] = raw + (router->bias_of_choice != NULL ? router->bias_of_choice[e] : 0);
-        p[e] /= sum;
-    }
 }

@@ -13,10 +13,4 @@
 bool hb_router_find(const struct hb_segment *segment, struct hb_router *router, const struct ggml_tensor **input);
 /* x [n_embd] of a token. */
 const float *hb_router_row(const struct ggml_tensor *input, int64_t token);
-/* z = W x + b, [n_expert], of any x [n_embd]. The sums are not in llama.cpp's order: z is equal up to rounding. */
-void hb_router_logits(const struct hb_router *router, const float *x, float *z);
-/* From z: p [n_expert], positive and of sum 1, what the gate weights of the chosen are proportional to; and `choice`
- * [n_expert], by which the largest are chosen. */
-void hb_router_probs(const struct hb_router *router, const float *z, float *p, float *choice);
-
 #endif

@@ -27,7 +27,7 @@ static bool is_expected(const struct hb_simulator *sim, struct hb_key key) {
 }
 
 /* False when nothing more is to be expected. */
-static bool expect(struct hb_simulator *sim, struct hb_key key) {
+static bool expect(struct hb_simulator *sim, struct hb_key key, bool read) {
     int32_t most = sim->in->pools[sim->in->pool_of_group[key.group]].n_slots[key.precision] / SHARE;
     if (sim->n_expected == HB_SIMULATED_AHEAD || sim->n_expected >= most) {
         return false;
@@ -38,6 +38,9 @@ static bool expect(struct hb_simulator *sim, struct hb_key key) {
         hb_cache_pin(sim->cache, key, true);
         a->pinned = true;
     } else if (hb_cache_slot(sim->cache, key) < 0) {
+        if (!read) {
+            return true;
+        }
         if (hb_cache_claim(sim->cache, key) < 0) {
             return false;
         }
@@ -64,14 +67,16 @@ static int32_t precision_of(const struct hb_simulator *sim, int32_t group, int32
 void hb_simulated_expect(struct hb_simulator *sim, int64_t event) {
     int32_t n = sim->trace->n_used[event], group = sim->trace->group[event];
     const int32_t *experts = sim->trace->experts + sim->trace->pair_at[event];
+    const float *odds = sim->trace->weights + sim->trace->pair_at[event];
     float scores[HB_SCORER_EXPERTS];
     bool scored = n <= HB_SCORER_EXPERTS;
     if (scored) {
-        hb_scorer_scores(sim->trace->weights + sim->trace->pair_at[event], n, scores);
+        hb_scorer_scores(odds, n, scores);
     }
     for (int32_t i = 0; i < n; i++) {
         struct hb_key key = {group, experts[i], precision_of(sim, group, experts[i], scored ? &scores[i] : NULL)};
-        if (key.precision != HOBBIT_SKIP && !is_expected(sim, key) && !expect(sim, key)) {
+        bool read = (double) odds[i] >= sim->in->least_odds;
+        if (key.precision != HOBBIT_SKIP && !is_expected(sim, key) && !expect(sim, key, read)) {
             return;
         }
     }

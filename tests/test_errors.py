@@ -10,6 +10,7 @@ TREE = [
     ("PlanError", MemoryError, 4),
     ("ReadError", OSError, 1),
     ("Cancelled", errors.HobbitError, 130),
+    ("CapUnavailable", errors.HobbitError, 1),
     ("UsageError", ValueError, 2),
 ]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import benchmodels
-import cgroup
 import first_light
 import pytest
 
-from hobbit.errors import HobbitError
+from hobbit.cgroup import MemoryGroup
+from hobbit.errors import CapUnavailable, HobbitError
 
 BENCH = Path(first_light.__file__).parent
 
@@ -84,13 +84,13 @@ def test_the_whole_file_is_read_and_dropped(model: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="a memory cgroup needs root")
 def test_the_cap_kills_what_exceeds_it() -> None:
     try:
-        with cgroup.MemoryGroup(100 << 20) as group:
+        with MemoryGroup(100 << 20) as group:
             fits = group.run([sys.executable, "-c", "x = bytearray(40 << 20); print(len(x))"])
             assert (fits.returncode, fits.stdout) == (0, f"{40 << 20}\n")
             assert group.peak_bytes is None or 40 << 20 < group.peak_bytes <= 100 << 20
             assert group.run([sys.executable, "-c", "bytearray(200 << 20)"]).returncode == -9
         assert not group.path.exists()
-    except cgroup.CapUnavailable as exc:
+    except CapUnavailable as exc:
         pytest.skip(str(exc))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import benchmodels
-import cgroup
 import measuring
 import numpy as np
 import pytest
@@ -20,7 +19,9 @@ import quality
 import quality_frontier
 import quality_speed
 
-from hobbit.errors import UsageError
+from hobbit.bench_disk import drop_from_page_cache
+from hobbit.cgroup import MemoryGroup
+from hobbit.errors import CapUnavailable, UsageError
 from hobbit.evaluate import Row
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import build_layout
@@ -181,19 +182,19 @@ def test_the_disk_is_pinned(tmp_path: Path, direct_io: None) -> None:
     command = ["env", f"PYTHONPATH={folder}", sys.executable, "-c", program]
     try:
         file.write_bytes(os.urandom(6 << 20))
-        measuring.drop_from_page_cache(file)
-        with cgroup.MemoryGroup(400 << 20, 4 << 20, file) as group:
+        drop_from_page_cache(file)
+        with MemoryGroup(400 << 20, 4 << 20, file) as group:
             done = group.run([*command, str(file)])
             assert done.returncode == 0
             assert float(done.stdout) < 6 << 20
         assert not any(path.exists() for path in group.paths)
-    except (cgroup.CapUnavailable, FileNotFoundError) as exc:
+    except (CapUnavailable, FileNotFoundError) as exc:
         pytest.skip(str(exc))
 
 
 def test_a_read_limit_needs_a_file() -> None:
     with pytest.raises(ValueError, match="disk"):
-        cgroup.MemoryGroup(1 << 20, 1 << 20)
+        MemoryGroup(1 << 20, 1 << 20)
 
 
 # frontier

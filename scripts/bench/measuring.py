@@ -21,6 +21,7 @@ import llama_cpp
 
 import hobbit
 from hobbit import demo
+from hobbit.cpus import cpu_name
 from hobbit.errors import HobbitError
 from hobbit.sizes import format_size, parse_size
 
@@ -79,11 +80,9 @@ def say(text: str) -> None:
 
 def machine() -> dict[str, str]:
     """Describe where and what was measured."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": f"{os.cpu_count()} x {cpu}",
+        "cpu": f"{os.cpu_count()} x {cpu_name()}",
         "memory": format_size(memory),
         "system": f"{platform.system()} {platform.release()}",
         "date": datetime.date.today().isoformat(),
@@ -128,16 +127,6 @@ def parse_run(done: subprocess.CompletedProcess[str]) -> Run:
         raise HobbitError(f"an arm failed ({reason}): {' '.join(done.args)}")
     result: Run = json.loads(done.stdout)
     return result
-
-
-def drop_from_page_cache(path: Path) -> None:
-    """Pages that another process brought in would not count against the cap."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)  # dirty pages are not dropped
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 def read_rate(path: Path) -> float:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cgroup import MemoryGroup
 from measuring import (
     MIB,
     MODELS_DIR,
@@ -31,7 +30,6 @@ from measuring import (
     arm_command,
     at_least,
     at_most,
-    drop_from_page_cache,
     inflated_demo,
     machine,
     markdown,
@@ -46,7 +44,9 @@ from measuring import (
 )
 
 from hobbit import demo
+from hobbit.bench_disk import drop_from_page_cache
 from hobbit.calibration import BUDGETS, Calibration, rule_for
+from hobbit.cgroup import MemoryGroup
 from hobbit.errors import ModelError, UsageError
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import Layout, build_layout

@@ -1041,8 +1041,9 @@ static bool has(struct hobbit_model *m, struct hb_key key) {
 /* High copies; whether all are cached. */
 static bool expect(struct hobbit_model *m, int32_t group, const int32_t *experts, int32_t n) {
     const int32_t precisions[EXPERTS] = {HOBBIT_HIGH};
+    const float odds[EXPERTS] = {1, 1, 1, 1, 1, 1};
     hb_model_lock(m);
-    bool cached = hb_model_expect(m, group, n, experts, precisions);
+    bool cached = hb_model_expect(m, group, n, experts, precisions, odds);
     hb_model_unlock(m);
     return cached;
 }

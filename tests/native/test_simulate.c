@@ -145,6 +145,9 @@ static void predictions_use_the_disks_idle_time(void) {
     experts[4] = 0, experts[5] = 1;
     CHECK_EQUAL(run(&s), HOBBIT_OK);
     CHECK(hits[2] == 2 && misses[2] == 0);
+    s.least_odds = 0.5; /* the first has 0.75, the second 0.25 */
+    CHECK_EQUAL(run(&s), HOBBIT_OK);
+    CHECK(hits[2] == 1 && out.ahead == 1);
     s.predicted = 0;
     CHECK_EQUAL(run(&s), HOBBIT_OK);
     CHECK(hits[2] == 0 && out.ahead == 0);

@@ -1,0 +1,312 @@
+"""What `hobbit bench` says: samples as rows, and rows in llama-bench's formats."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from .bench import Case, Measured, Sample, Test
+from .cpus import cpu_name
+from .sizes import format_size
+
+Row = dict[str, Any]
+
+_MIB = 1 << 20
+_NS = 1e9
+_PHASES: dict[Test, list[str]] = {"pp": ["prompt"], "tg": ["decode"], "pg": ["prompt", "decode"]}
+# A part of a token's time, and the counter that it is.
+PARTS = {
+    "compute_s": "moe_s",
+    "stall_s": "stall_s",
+    "manage_s": "manage_s",
+    "predict_s": "predict_s",
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The seconds, tokens and counters of what a row is about, in one sample."""
+
+    tokens: int
+    seconds: float
+    counters: dict[str, float]
+
+    @classmethod
+    def of(cls, sample: Sample, test: Test) -> Phase:
+        parts = [sample[name] for name in _PHASES[test]]
+        counted = {key: sum(part[key] for part in parts) for key in parts[0] if key != "seconds"}
+        seconds = sum(sum(part["seconds"]) for part in parts)
+        return cls(counted.pop("tokens"), seconds, counted)
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / self.tokens
+
+    @property
+    def streams(self) -> bool:
+        """Whether it counts what it reads, as hobbit does."""
+        return "read_bytes" in self.counters
+
+    @property
+    def hit_rate(self) -> float | None:
+        asked = self.counters.get("hits", 0) + self.counters.get("misses", 0)
+        return self.counters["hits"] / asked if asked else None
+
+    @property
+    def read_bytes(self) -> float:
+        """Bytes read for a token: experts, or for stock what the disk gave."""
+        return self.counters["read_bytes" if self.streams else "disk_bytes"] / self.tokens
+
+    @property
+    def missed_bytes(self) -> float:
+        """Of those, what was needed: not what a wrong prediction read."""
+        return self.read_bytes - self.counters.get("ahead_wasted_bytes", 0) / self.tokens
+
+    def breakdown(self) -> dict[str, float | None]:
+        """Return where a token's time goes; `rest_s` is what llama.cpp does between the experts."""
+        told: dict[str, float | None] = dict.fromkeys([*PARTS, "rest_s"])
+        total = self.seconds_per_token
+        if self.streams:
+            found = {part: self.counters[name] / self.tokens for part, name in PARTS.items()}
+            told = {**found, "rest_s": total - sum(found.values())}
+        return {"total_s": total, **told}
+
+
+def bound_s(compute_s: float, missed_bytes: float, disk_bytes_s: float) -> float:
+    """Return the seconds a token takes at least: it is computed, and what it misses is read.
+
+    `compute_s` is its time with everything resident; both may go on at the same time.
+    """
+    return max(compute_s, missed_bytes / disk_bytes_s)
+
+
+def rows(found: Sequence[Sequence[Measured]]) -> list[Row]:
+    """Return a row for each test of each arm: the arms beside each other, test by test."""
+    return [
+        _row(one, test)
+        for arms in found
+        for test in arms[0].case.tests
+        for one in arms
+        if _amount(one.case, test)
+    ]
+
+
+def _amount(case: Case, test: Test) -> int:
+    return {"pp": case.n_prompt, "tg": case.n_gen, "pg": case.n_prompt * case.n_gen}[test]
+
+
+def _row(one: Measured, test: Test) -> Row:
+    phases = [Phase.of(sample, test) for sample in one.samples]
+    seconds = [phase.seconds for phase in phases]
+    rates = [1 / phase.seconds_per_token for phase in phases]
+    # The parts of one run add up; medians of each would not.
+    middle = sorted(phases, key=lambda phase: phase.seconds)[(len(phases) - 1) // 2]
+    ttft = [sum(sample["prompt"]["seconds"]) for sample in one.samples]
+    first, setup, case = one.samples[0], one.setup, one.case
+    return {
+        "hobbit": version("hobbit-moe"),
+        "llama_cpp_python": version("llama-cpp-python"),
+        "cpu_info": cpu_name(),
+        "backends": "CPU",
+        "model_filename": str(setup.model),
+        "model_type": first["model_type"],
+        "model_size": first["model_size"],
+        "model_n_params": first["model_n_params"],
+        "n_batch": case.n_batch,
+        "n_ubatch": case.n_ubatch,
+        "n_threads": case.n_threads,
+        "type_k": case.type_k,
+        "type_v": case.type_v,
+        "use_mmap": one.arm.engine == "stock-mmap",
+        "n_prompt": case.n_prompt if test != "tg" else 0,
+        "n_gen": case.n_gen if test != "pp" else 0,
+        "n_depth": case.n_depth,
+        "test_time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(statistics.fmean(seconds) * _NS),
+        "stddev_ns": round(_deviation(seconds) * _NS),
+        "avg_ts": statistics.fmean(rates),
+        "stddev_ts": _deviation(rates),
+        "test": _test_name(case, test),
+        "mode": one.arm.name,
+        "quality": first.get("quality"),
+        "mem_bytes": one.arm.cap,
+        "read_bps": setup.read_bps,
+        "warm": setup.warm,
+        "text": setup.text or "random",
+        "n_past": case.n_depth + (case.n_prompt if test == "tg" else 0),
+        "median_ts": statistics.median(rates),
+        "min_ts": min(rates),
+        "max_ts": max(rates),
+        "hit_rate": _median(phase.hit_rate for phase in phases),
+        "mib_per_token": statistics.median(phase.read_bytes / _MIB for phase in phases),
+        "ttft_s": statistics.median(ttft) if test != "tg" else None,
+        "load_s": statistics.median(sample["load_s"] for sample in one.samples),
+        "peak_rss_bytes": max(sample["peak_rss_bytes"] for sample in one.samples),
+        "disk_bytes_s": statistics.median(one.disk_bytes_s),
+        **_roofline(one, test, phases),
+        "breakdown": middle.breakdown(),
+        "samples_ns": [round(s * _NS) for s in seconds],
+        "samples_ts": rates,
+        "samples": one.samples,
+    }
+
+
+def _roofline(one: Measured, test: Test, phases: Sequence[Phase]) -> Row:
+    """Compare each repetition with what was measured beside it.
+
+    Stock has none: what its disk gave is not what it missed, but far more.
+    """
+    none: Row = dict.fromkeys(("roofline", "bound", "resident_s_per_token"))
+    if len(one.resident) < len(phases):
+        return none
+    compute = [Phase.of(sample, test).seconds_per_token for sample in one.resident]
+    if not phases[0].streams:
+        return none | {"resident_s_per_token": statistics.median(compute)}
+    missed = [phase.missed_bytes for phase in phases]
+    bounds = [bound_s(c, m, d) for c, m, d in zip(compute, missed, one.disk_bytes_s, strict=True)]
+    reads = statistics.median(m / d for m, d in zip(missed, one.disk_bytes_s, strict=True))
+    over = (p.seconds_per_token / b for p, b in zip(phases, bounds, strict=True))
+    return {
+        "roofline": statistics.median(over),
+        "bound": "disk" if reads > statistics.median(compute) else "compute",
+        "resident_s_per_token": statistics.median(compute),
+    }
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _median(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _test_name(case: Case, test: Test) -> str:
+    names = {"pp": f"pp{case.n_prompt}", "tg": f"tg{case.n_gen}"}
+    names["pg"] = f"{names['pp']}+{names['tg']}"
+    return names[test] + (f" @ d{case.n_depth}" if case.n_depth else "")
+
+
+# The formats
+
+
+def as_json(found: Sequence[Row]) -> str:
+    return json.dumps(found, indent=1) + "\n"
+
+
+def as_jsonl(found: Sequence[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in found)
+
+
+def as_csv(found: Sequence[Row]) -> str:
+    """Return one line a row, without the single samples; the breakdown is columns of its own."""
+    flat = []
+    for row in found:
+        plain = {name: value for name, value in row.items() if not isinstance(value, list)}
+        parts: Row = plain.pop("breakdown")
+        flat.append(plain | {f"token_{name}": value for name, value in parts.items()})
+    out = io.StringIO()
+    table = csv.DictWriter(out, list(flat[0]) if flat else [], quoting=csv.QUOTE_NONNUMERIC)
+    table.writeheader()
+    table.writerows(flat)
+    return out.getvalue()
+
+
+def as_markdown(found: Sequence[Row], breakdown: bool = False) -> str:
+    """Return the table, and on request that of where a token's time goes."""
+    tables = [_table(_columns(found), found)]
+    if breakdown:
+        tables.append(_table(_PART_COLUMNS, found))
+    return "\n".join(tables)
+
+
+FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "md": as_markdown,
+    "csv": as_csv,
+    "json": as_json,
+    "jsonl": as_jsonl,
+}
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
+_LEFT: list[Column] = [
+    ("model", lambda r: r["model_type"]),
+    ("size", lambda r: f"{r['model_size'] / (1 << 30):.2f} GiB"),
+    ("params", lambda r: f"{r['model_n_params'] / 1e9:.2f} B"),
+    ("backend", lambda r: r["backends"]),
+    ("threads", lambda r: str(r["n_threads"])),
+]
+# Shown, as by llama-bench, where they are not the default: the name, and the default.
+_SWEPT = {"n_batch": 2048, "n_ubatch": 512, "type_k": "f16", "type_v": "f16"}
+_RIGHT: list[Column] = [
+    ("test", lambda r: r["test"]),
+    ("t/s", lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),
+    ("median (range)", lambda r: f"{r['median_ts']:.2f} ({r['min_ts']:.2f}-{r['max_ts']:.2f})"),
+    ("mode", lambda r: r["mode"]),
+    ("mem", lambda r: format_size(r["mem_bytes"]) if r["mem_bytes"] else "-"),
+    ("hit %", lambda r: _number(r["hit_rate"], 1, 0.01)),
+    ("MiB/t", lambda r: _number(r["mib_per_token"], 1)),
+    ("ttft", lambda r: _number(r["ttft_s"], 2)),
+    ("roofline", lambda r: _number(r["roofline"], 2)),
+]
+
+
+def _columns(found: Sequence[Row]) -> list[Column]:
+    swept = [name for name, usual in _SWEPT.items() if any(row[name] != usual for row in found)]
+    return [*_LEFT, *((name, _text_of(name)) for name in swept), *_RIGHT]
+
+
+def _text_of(name: str) -> Callable[[Row], str]:
+    return lambda row: str(row[name])
+
+
+def _milliseconds(part: str) -> Callable[[Row], str]:
+    return lambda row: _number(row["breakdown"][part], 2, 1e-3)
+
+
+_PART_COLUMNS: list[Column] = [
+    ("test", lambda r: r["test"]),
+    ("mode", lambda r: r["mode"]),
+    ("ms/token", _milliseconds("total_s")),
+    ("compute", _milliseconds("compute_s")),
+    ("stall", _milliseconds("stall_s")),
+    ("cache", _milliseconds("manage_s")),
+    ("predict", _milliseconds("predict_s")),
+    ("rest", _milliseconds("rest_s")),
+    ("all resident", lambda r: _number(r["resident_s_per_token"], 2, 1e-3)),
+    ("disk MB/s", lambda r: _number(r["disk_bytes_s"], 0, 1e6)),
+    ("bound", lambda r: r["bound"] or "-"),
+    ("load s", lambda r: _number(r["load_s"], 2)),
+]
+_WORDS = ("model", "backend", "mode", "bound")
+
+
+def _table(columns: Sequence[Column], found: Sequence[Row]) -> str:
+    """Align the columns, as llama-bench does: numbers to the right."""
+    cells = [[name for name, _ in columns], *([text(row) for _, text in columns] for row in found)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    words = [name in _WORDS for name, _ in columns]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = zip(row, widths, words, strict=True)
+        padded = (text.ljust(w) if left else text.rjust(w) for text, w, left in aligned)
+        return f"| {' | '.join(padded)} |\n"
+
+    rules = (
+        "-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, words, strict=True)
+    )
+    head, *body = map(line, cells)
+    return head + f"| {' | '.join(rules)} |\n" + "".join(body)
