@@ -265,6 +265,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "n_expert_used": self.layout.n_expert_used,
             "rule": asdict(self.rule),
             "low_is_resident": self.plan.low_is_resident,
+            "nested": any(m.plane_bytes for g in self.layout.groups for m in g.matrices),
             "cached": moe.counters().n_cached,
         }
         with moe.trace(str(path), json.dumps(note), probs):

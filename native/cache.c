@@ -287,7 +287,8 @@ void hb_cache_reset(struct hb_cache *c) {
     }
     for (int32_t i = 0; i < c->n_groups; i++) {
         for (int32_t e = 0; e < c->groups[i].n_experts; e++) {
-            c->groups[i].usage[e] = (struct hb_usage) {.last_token = 0};
+            struct hb_usage *usage = &c->groups[i].usage[e];
+            *usage = (struct hb_usage) {.next_use = usage->next_use}; /* that is no record of the past */
         }
     }
     c->now.token = 0;

@@ -16,6 +16,7 @@
 #include "forecast.h"
 #include "hobbit.h"
 #include "reader.h"
+#include "rule.h"
 #include "trace.h"
 
 struct hb_counters {
@@ -23,15 +24,6 @@ struct hb_counters {
     atomic_uint_fast64_t predicted, predicted_right, ahead, ahead_used, ahead_bytes, ahead_wasted_bytes, predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
-};
-
-/* hobbit_rule, with its own copy of the thresholds. */
-struct hb_rule {
-    bool active; /* else everything is high, and there are no thresholds */
-    bool deterministic, renormalise, per_token, reversed;
-    int32_t patience, experts;
-    float substitute;
-    float *t1, *t2; /* one a group */
 };
 
 /* What calibration gathers; see hobbit_model_observe and hobbit_model_collect. NULL where it is not wanted. */

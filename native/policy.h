@@ -40,6 +40,8 @@ struct hb_moment {
     const uint64_t *seen; /* one a group: T when it was computed last */
 };
 
+/* Its kind and numbers are such as the functions below take. */
+bool hb_policy_makes_sense(const struct hobbit_policy *policy);
 /* The number of classes that hb_policy_class gives. */
 int32_t hb_policy_classes(const struct hobbit_policy *policy, int32_t n_groups);
 /* `passes` is how often the expert's layer was computed. */
