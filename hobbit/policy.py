@@ -30,7 +30,7 @@ class Policy:
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("decay", w_fld=0.2),
+        Policy("decay", w_fld=0.5, half_life=48.0),
         Policy("hobbit", w_lru=0.05, w_lfu=0.7, w_lhu=0.2, w_fld=0.05),
         Policy("lcu"),
         Policy("lfru"),

@@ -91,7 +91,7 @@ bool hb_policy_moves_used(const struct hobbit_policy *p) {
     return p->kind == HOBBIT_POLICY_LCU;
 }
 
-/* An old sequence is better than nothing, and soon outweighed: its uses count a quarter. */
+/* An old sequence is better than nothing, and soon outweighed: its uses count a sixteenth. */
 uint64_t hb_policy_age(const struct hobbit_policy *p) {
-    return p->kind == HOBBIT_POLICY_DECAY ? 2 * (uint64_t) p->half_life : 0;
+    return p->kind == HOBBIT_POLICY_DECAY ? 4 * (uint64_t) p->half_life : 0;
 }

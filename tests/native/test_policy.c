@@ -23,6 +23,7 @@ static const struct hobbit_policy policies[] = {
 static struct {
     const struct hobbit_policy *policy;
     double token; /* T */
+    double seen[GROUPS]; /* T when the layer was computed last */
     int32_t group;
     uint64_t passes[GROUPS], clock;
     struct use {
@@ -86,7 +87,9 @@ static double score(struct hb_key key) {
     case HOBBIT_POLICY_HOBBIT:
         return ((double) p->w_lru * h.last + (double) p->w_lfu * f + (double) p->w_lhu * h.uses[HOBBIT_HIGH]) / t +
                (double) p->w_fld * (1 - d / GROUPS);
-    case HOBBIT_POLICY_DECAY: return log2(h.heat) + (double) p->w_fld * (1 - d / GROUPS);
+    case HOBBIT_POLICY_DECAY:
+        return log2(h.heat) + (m.token - m.seen[key.group]) / (double) p->half_life +
+               (double) p->w_fld * (1 - d / GROUPS);
     case HOBBIT_POLICY_FARTHEST: return -(double) m.next_use[key.group][key.expert];
     default: return 0;
     }
@@ -190,6 +193,7 @@ static void layer(int32_t group, bool both, uint64_t limit, uint64_t *seed) {
     int32_t n_tokens = 1 + (int32_t) check_random(seed, 2);
     m.token += group < m.group || m.token == 0 ? n_tokens : 0;
     m.group = group;
+    m.seen[group] = m.token;
     m.passes[group]++;
     hb_cache_begin(cache, group, n_tokens);
     struct copy *chosen[2];
@@ -221,7 +225,7 @@ static void layer(int32_t group, bool both, uint64_t limit, uint64_t *seed) {
 static void new_sequence(void) {
     bool ages = m.policy->kind == HOBBIT_POLICY_DECAY;
     hb_cache_reset(cache);
-    m.token = ages ? m.token + 2 * (double) m.policy->half_life : 0;
+    m.token = ages ? m.token + 4 * (double) m.policy->half_life : 0;
     m.n_uses = ages ? m.n_uses : 0;
 }
 
