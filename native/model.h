@@ -15,6 +15,7 @@
 #include "catalog.h"
 #include "forecast.h"
 #include "hobbit.h"
+#include "map_predictor.h"
 #include "reader.h"
 #include "trace.h"
 
@@ -95,10 +96,11 @@ void hb_model_settle(struct hobbit_model *model);
 void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
 /* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
-/* The routers, one a group, for the caller to fill in; all zero until then. And the predictor that learns from them: NULL
- * unless it was asked for. */
+/* The routers, one a group, for the caller to fill in; all zero until then. And the predictors that learn from them: NULL
+ * unless they were asked for. */
 struct hb_router *hb_model_routers(struct hobbit_model *model);
 struct hb_forecast *hb_model_forecast(struct hobbit_model *model);
+struct hb_map_predictor *hb_model_map_predictor(struct hobbit_model *model);
 /* The predictor in force, HOBBIT_PREDICT_NONE or one that can be asked; and how many layers ahead it may look. */
 int32_t hb_model_predictor(const struct hobbit_model *model, int32_t *depth);
 /* What hb_model_choose would say now, without any consequence. */
