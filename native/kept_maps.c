@@ -24,7 +24,7 @@ int32_t hobbit_model_save_maps(struct hobbit_model *m, const char *path, const u
                                size_t err_len) {
     enum hb_maps_status status = HB_MAPS_OK;
     hb_model_lock(m);
-    if (m->map_predictor != NULL && hb_map_predictor_changed(m->map_predictor)) {
+    if (m->map_predictor != NULL && hb_map_predictor_has_new(m->map_predictor)) {
         status = hb_maps_save(hb_map_predictor_maps(m->map_predictor), path, identity);
     }
     int32_t answer = told(status, path, err, err_len);

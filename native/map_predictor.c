@@ -21,7 +21,7 @@ struct pending {
 struct hb_map_predictor {
     struct hb_maps *maps;
     int32_t n_groups, n_embd, depth, most; /* experts of any group */
-    bool begun, observed, changed;
+    bool begun, observed, has_new;
     struct hb_odds odds[HB_MAP_DEPTH];
     struct pending *pending; /* [n_groups][depth] */
     float *z, *p, *choice;   /* [most] */
@@ -196,13 +196,11 @@ int32_t hb_map_predictor_predict(struct hb_map_predictor *m, int32_t to, int32_t
 void hb_map_predictor_end(struct hb_map_predictor *m) {
     if (m->begun) {
         hb_maps_end(m->maps);
-        m->changed |= m->observed;
+        m->has_new |= m->observed;
     }
     m->begun = false;
 }
 
-bool hb_map_predictor_changed(struct hb_map_predictor *m) {
-    bool changed = m->changed;
-    m->changed = false;
-    return changed;
+bool hb_map_predictor_has_new(const struct hb_map_predictor *m) {
+    return m->has_new;
 }

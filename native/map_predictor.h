@@ -50,7 +50,6 @@ int32_t hb_map_predictor_predict(struct hb_map_predictor *predictor, int32_t to,
                                  const struct hb_router *router, int32_t *experts, float *odds, float *p);
 /* The last group's router was observed: the token's map is stored. Nothing where no token was begun. */
 void hb_map_predictor_end(struct hb_map_predictor *predictor);
-/* Whether a map was stored since the last call. */
-bool hb_map_predictor_changed(struct hb_map_predictor *predictor);
+bool hb_map_predictor_has_new(const struct hb_map_predictor *predictor); /* a map was stored since it was made */
 
 #endif

@@ -18,7 +18,7 @@ struct hb_odds {
 /* A few predictions are assumed, so that nothing is sure before much was counted. */
 void hb_odds_start(struct hb_odds *odds);
 int32_t hb_odds_bin(float margin);
-/* The share of that bin's predictions that came true, older ones for less: in (0, 1). */
+/* The share of that bin's predictions that came true, older ones for less: 0 .. 1. */
 float hb_odds(const struct hb_odds *odds, int32_t bin);
 void hb_odds_count(struct hb_odds *odds, int32_t bin, bool right);
 
