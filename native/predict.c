@@ -86,9 +86,9 @@ static void predict_by_gate(const struct hb_segment *s, const struct ggml_tensor
     }
 }
 
-/* Whether one of the groups first .. last - 1 has not room for all its experts: others are not looked at. */
-static bool any_streams(const struct hobbit_model *model, int32_t first, int32_t last) {
-    for (int32_t group = first; group < last; group++) {
+/* Whether this group or one after it has not room for all its experts. */
+static bool any_streams(const struct hobbit_model *model, int32_t group) {
+    for (; group < hb_model_catalog(model)->n_groups; group++) {
         if (hb_model_home(model, group) < 0) {
             return true;
         }
@@ -119,8 +119,8 @@ static void predict_by_map(const struct hb_segment *s, const struct hb_routing *
     struct hb_map_predictor *maps = hb_model_map_predictor(s->model);
     const struct hb_router *router = &hb_model_routers(s->model)[s->group];
     const float *x = input != NULL ? hb_router_row(input, 0) : NULL;
-    int32_t predicted, n_groups = hb_model_catalog(s->model)->n_groups;
-    if (!any_streams(s->model, 0, s->group)) {
+    int32_t predicted;
+    if (s->group == 0) {
         hb_map_predictor_begin(maps, routing->n_tokens == 1, router, x);
     }
     if (routing->n_tokens > 1) {
@@ -133,7 +133,7 @@ static void predict_by_map(const struct hb_segment *s, const struct hb_routing *
         hb_map_predictor_observe(maps, s->group, router, x);
     }
     expect_by_map(s, depth, space);
-    if (!any_streams(s->model, s->group + 1, n_groups)) {
+    if (!any_streams(s->model, s->group + 1)) {
         hb_map_predictor_end(maps);
     }
 }
@@ -175,8 +175,8 @@ static void predict(const struct hb_segment *s, const struct hb_routing *routing
 void hb_predict(struct hb_block *memory, const struct hb_segment *s, const struct hb_routing *routing) {
     const struct hb_catalog *catalog = hb_model_catalog(s->model);
     int32_t most_experts = 0;
-    if (hb_model_home(s->model, s->group) >= 0 || hb_model_has_schedule(s->model)) {
-        return; /* there is room for everything; or it is not the routing that decides */
+    if (!any_streams(s->model, s->group) || hb_model_has_schedule(s->model)) {
+        return; /* there is room for all that follows; or it is not the routing that decides */
     }
     for (int32_t g = 0; g < catalog->n_groups; g++) {
         most_experts = catalog->groups[g].n_expert > most_experts ? catalog->groups[g].n_expert : most_experts;

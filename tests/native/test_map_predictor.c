@@ -99,6 +99,8 @@ static void odds_are_measured(void) {
         CHECK_EQUAL(predict(m, &plain, 2, experts, odds), USED);
         CHECK_EQUAL(hb_map_predictor_count(m, 1, own, USED, &predicted), 0); /* others */
         CHECK_EQUAL(predicted, USED);
+        (void) hb_map_predictor_count(m, 1, experts, USED, &predicted); /* a layer may be computed in parts */
+        CHECK_EQUAL(predicted, 0);
         CHECK_EQUAL(hb_map_predictor_count(m, 2, experts, USED, &predicted), 0); /* right, but not from the one before */
         CHECK_EQUAL(predicted, 0);
     }
