@@ -9,16 +9,16 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from subprocess import PIPE, CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any, Literal
 
 from . import errors
-from .bench_disk import drop_from_page_cache
 from .cgroup import Group, limited
+from .disk import drop_from_page_cache
 from .errors import CapUnavailable, HobbitError, PlanError
 from .gguf_file import GGUF, padded
 from .layout import Layout
@@ -32,8 +32,26 @@ Test = Literal["pp", "tg", "pg"]
 WARM_UP = 8
 # A measured rate this far above the read limit says that nothing limits.
 _LEAK = 1.5
-_LARGEST_READ = 8 << 20
+# What the disk is read in for a model without experts.
+_DENSE_READ = 1 << 20
 _RESIDENT = "resident"
+_FOLDER = Path(__file__).parent
+# What a child executes. An arm is run by its path: as a module it would import the package.
+_ARM = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+_PROBE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from hobbit.disk import probe
+print(probe(Path(sys.argv[2]), [int(size) for size in sys.argv[3:]]).bytes_per_s)
+"""
+_READER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from hobbit.disk import keep_reading
+keep_reading(Path(sys.argv[2]), [int(size) for size in sys.argv[4:]], float(sys.argv[3]))
+"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,12 @@ class Arm:
     cap: int = 0
     less: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The name, with what else tells it from other arms of that name."""
+        own = [self.arguments[key] for key in ("policy", "predict") if key in self.arguments]
+        return ", ".join([self.name, *own])
+
     def case(self, case: Case) -> Case:
         return replace(case, **{n: min(v, getattr(case, n)) for n, v in self.less.items()})
 
@@ -96,6 +120,7 @@ class Setup:
     read_bps: int = 0
     warm: bool = True
     roofline: bool = True
+    interference: bool = False
     delay_s: float = 0.0
     low: tuple[Path, ...] = ()  # files that are read besides the model's
 
@@ -108,10 +133,10 @@ class Setup:
         return [*(part.path for part in self.layout.gguf.parts), *self.low]
 
     @property
-    def read_bytes(self) -> int:
-        """How much a read of the disk's rate takes: what hobbit's take."""
-        sizes = [group.expert_bytes for group in self.layout.groups]
-        return min(max(sizes, default=1 << 20), _LARGEST_READ)
+    def piece_bytes(self) -> list[int]:
+        """What the disk's rate is measured with: the matrices of the largest expert."""
+        groups = [[m.plane_bytes or m.expert_bytes for m in g.matrices] for g in self.layout.groups]
+        return max(groups, key=sum, default=[_DENSE_READ])
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,7 @@ class Measured:
     """The samples of an arm in a case, one a repetition, with what its roofline needs.
 
     `resident` are those of the arm that has everything in memory; empty if it cannot have.
+    `interfered` are of the same arm, beside a process that reads what this arm missed.
     `disk_bytes_s` is the disk's rate, right before each repetition.
     """
 
@@ -127,6 +153,7 @@ class Measured:
     arm: Arm
     samples: list[Sample] = field(default_factory=list)
     resident: list[Sample] = field(default_factory=list)
+    interfered: list[Sample] = field(default_factory=list)
     disk_bytes_s: list[float] = field(default_factory=list)
 
 
@@ -141,20 +168,51 @@ def measure(setup: Setup, say: Callable[[str], None]) -> list[list[Measured]]:
     for case in setup.cases:
         disk: list[float] = []
         all_resident: list[Sample] = []
-        ours = [Measured(setup, arm.case(case), arm, [], all_resident, disk) for arm in setup.arms]
+        ours = [
+            Measured(setup, arm.case(case), arm, resident=all_resident, disk_bytes_s=disk)
+            for arm in setup.arms
+        ]
         reference = Measured(setup, case, resident, all_resident) if resident else None
         for index in range(setup.repetitions):
             disk.append(disk_rate(setup))
             for one in [*ours, *([reference] if reference else [])]:
                 time.sleep(setup.delay_s)
                 one.samples.append(run_arm(setup, one.case, one.arm, index))
-                say(f"run {index + 1}/{setup.repetitions} {one.arm.name}: {_told(one)}")
+                say(f"run {index + 1}/{setup.repetitions} {one.arm.title}: {_told(one)}")
             if reference and all_resident[-1].get("plan") == "streamed":
                 say(f"no roofline: {_too_big(setup)}")
                 all_resident.clear()
                 resident = reference = None
+            if reference and setup.interference:
+                for one in ours:
+                    _interfere(one, reference, index)
+                    say(f"run {index + 1}/{setup.repetitions} {_RESIDENT} beside {one.arm.title}")
         found.append(ours)
     return found
+
+
+def _interfere(one: Measured, reference: Measured, index: int) -> None:
+    """Run the resident arm while what this arm missed is read, as fast as it was."""
+    if one.arm.engine != "hobbit":
+        return
+    counted = one.samples[-1]["decode" if one.case.n_gen else "prompt"]
+    missed = counted["read_bytes"] - counted["ahead_wasted_bytes"]
+    with _reads(one.setup, missed / sum(counted["seconds"])):
+        one.interfered.append(run_arm(one.setup, reference.case, reference.arm, index))
+
+
+@contextmanager
+def _reads(setup: Setup, bytes_per_s: float) -> Iterator[None]:
+    """While it lasts, another process reads the model's file at this rate."""
+    if bytes_per_s <= 0:
+        yield
+        return
+    arguments = [_FOLDER.parent, setup.model, bytes_per_s, *setup.piece_bytes]
+    with Popen([sys.executable, "-c", _READER, *map(str, arguments)], stderr=PIPE) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _resident_arm(setup: Setup, say: Callable[[str], None]) -> Arm | None:
@@ -206,17 +264,17 @@ def run_arm(setup: Setup, case: Case, arm: Arm, index: int) -> Sample:
         for path in setup.files:
             drop_from_page_cache(path)
     with limited(*limits, setup.model) as group:
-        done = _run(group, "bench_arm.py", json.dumps(job))
+        done = _run(group, _ARM, str(_FOLDER / "bench_arm.py"), json.dumps(job))
         return _sample(arm, done) | {"peak_bytes": group.peak_bytes}
 
 
 def disk_rate(setup: Setup) -> float:
-    """Return bytes a second that reads of an expert's size get from the model's disk.
+    """Return bytes a second that reads of whole experts get from the model's disk.
 
     In a process with the arms' read limit. Raises CapUnavailable if nothing holds the limit.
     """
     with limited(0, setup.read_bps, setup.model) as group:
-        done = _run(group, "bench_disk.py", str(setup.model), str(setup.read_bytes))
+        done = _run(group, _PROBE, str(_FOLDER.parent), str(setup.model), *setup.piece_bytes)
     try:
         rate = float(done.stdout)
     except ValueError:
@@ -230,11 +288,8 @@ def disk_rate(setup: Setup) -> float:
     return rate
 
 
-def _run(group: Group, script: str, *arguments: str) -> CompletedProcess[str]:
-    """Run a file of ours by its path: as a module it would import the package."""
-    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-    path = str(Path(__file__).with_name(script))
-    return group.run([sys.executable, "-c", code, path, *arguments], stderr=PIPE)
+def _run(group: Group, code: str, *arguments: str | int) -> CompletedProcess[str]:
+    return group.run([sys.executable, "-c", code, *map(str, arguments)], stderr=PIPE)
 
 
 def _sample(arm: Arm, done: CompletedProcess[str]) -> Sample:
@@ -244,12 +299,12 @@ def _sample(arm: Arm, done: CompletedProcess[str]) -> Sample:
         sample = json.loads(done.stdout)
     if "error" in sample:
         kind = getattr(errors, sample["kind"], HobbitError)
-        raise kind(f"{arm.name}: {sample['error']}")
+        raise kind(f"{arm.title}: {sample['error']}")
     if done.returncode == -signal.SIGKILL:
         where = f"its memory cap of {format_size(arm.cap)}" if arm.cap else "the system"
-        raise PlanError(f"{arm.name}: killed by {where}: it needs more memory than that")
+        raise PlanError(f"{arm.title}: killed by {where}: it needs more memory than that")
     if done.returncode or not sample:
-        raise HobbitError(f"{arm.name}: its process ended with {done.returncode}: {_last(done)}")
+        raise HobbitError(f"{arm.title}: its process ended with {done.returncode}: {_last(done)}")
     return sample
 
 

@@ -34,6 +34,8 @@ COUNTERS = (
     "evictions",
     "read_bytes",
     "read_low_bytes",
+    "predicted",
+    "predicted_right",
     "ahead",
     "ahead_used",
     "ahead_bytes",
@@ -87,6 +89,7 @@ def run(job: Job) -> dict[str, Any]:
             **_about(llm),
             "prompt": feeder.phase(feeder.prompt, text[: job.prompt]),
             "decode": feeder.phase(feeder.decode, text[job.prompt :]),
+            "predictor": llm.stats.predictor if hasattr(llm, "stats") else None,
             "peak_rss_bytes": _peak_rss_bytes(),
             "imported_hobbit": any(name.split(".")[0] == "hobbit" for name in sys.modules),
         }
@@ -162,7 +165,11 @@ class _Feeder:
         return time.perf_counter() - start
 
     def forget(self) -> None:
+        """Begin another sequence, as Llama.eval does for an answer to another prompt."""
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
+        streamed = getattr(self.llm, "_streamed", None)
+        if streamed is not None:
+            streamed.new_sequence()
 
     def phase(self, feed: Callable[[Tokens], list[float]], tokens: Tokens) -> dict[str, Any]:
         """Feed tokens, and count what happens meanwhile."""

@@ -17,6 +17,8 @@ from .errors import UsageError
 from .layout import Layout
 from .memory import resolve_cap
 from .options import KV_TYPES, MAX_THREADS, Options
+from .policy import DEFAULT, parse_policy
+from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, choose
 from .sizes import parse_size
 from .texts import SAMPLE, path_of, read
@@ -47,19 +49,25 @@ class BenchOptions:
     delay: float = 0.0
     arm: tuple[str, ...] = ()
     memory: str = "none"
+    policy: tuple[str, ...] = ()
+    predictor: tuple[str, ...] = ()
     read_bps: str = ""
     text: str = ""
     warm: bool = True
     roofline: bool = True
+    interference: bool = False
     breakdown: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.output not in FORMATS:
             raise UsageError(f"-o {self.output}: must be one of {', '.join(FORMATS)}")
+        if self.interference and not self.roofline:
+            raise UsageError("--interference is a second roofline: without --no-roofline")
         for name in self.arm_names:
             _check_arm(name)
         cap_bytes(self.memory, 1 << 40)
+        self.engines()
         self.read_limit()
         self.cases()
         if self.text not in ("", RANDOM):
@@ -75,6 +83,20 @@ class BenchOptions:
     @property
     def arm_names(self) -> list[str]:
         return list(dict.fromkeys(n for text in self.arm for n in _split(text))) or [EXACT_NAME]
+
+    def engines(self) -> list[dict[str, str]]:
+        """Return the arguments of hobbit.Llama for each policy with each predictor.
+
+        The usual ones are left out, and what is written in two ways is one.
+        """
+        policies = [parse_policy(text) for text in self.policy] or [DEFAULT]
+        predictors = [parse_prediction(text) for text in self.predictor] or [Prediction()]
+        found = []
+        for policy, predictor in itertools.product(policies, predictors):
+            own = {"policy": str(policy)} if policy != DEFAULT else {}
+            own |= {"predict": str(predictor)} if predictor != Prediction() else {}
+            found += [own] if own not in found else []
+        return found
 
     def loading(self) -> list[Options]:
         """Return how each model is named."""
@@ -128,7 +150,8 @@ class BenchOptions:
 
     def setup(self, layout: Layout) -> Setup:
         """Return the benchmark of this model; raises what an arm would find missing."""
-        arms = [_arm(name, self.memory, layout) for name in self.arm_names]
+        engines = self.engines()
+        arms = [arm for n in self.arm_names for arm in _arms(n, self.memory, layout, engines)]
         low = {path for _, files in arms for path in files}
         return Setup(
             layout,
@@ -139,22 +162,25 @@ class BenchOptions:
             self.read_limit(),
             self.warm,
             self.roofline,
+            self.interference,
             self.delay,
             tuple(sorted(low - {part.path for part in layout.gguf.parts})),
         )
 
 
-def _arm(text: str, memory: str, layout: Layout) -> tuple[Arm, list[Path]]:
-    """Return an arm, and the files that it reads besides the model's."""
+def _arms(
+    text: str, memory: str, layout: Layout, engines: Sequence[dict[str, str]]
+) -> list[tuple[Arm, list[Path]]]:
+    """Return the arms of a name, each with the files that it reads besides the model's."""
     name, at, own = text.partition("@")
     cap = cap_bytes(own if at else memory, file_bytes(layout.gguf))
     stock = next((engine for engine in _STOCK if engine == name), None)
     if stock:
-        return Arm(name, stock, cap=cap), []
+        return [(Arm(name, stock, cap=cap), [])]
     quality = choose(layout, name if name in (EXACT_NAME, *BUDGETS) else float(name))
-    arguments = {} if name == EXACT_NAME else {"quality": name}
+    chosen = {} if name == EXACT_NAME else {"quality": name}
     files = [part.path for part in quality.low.gguf.parts] if quality.low else []
-    return Arm(name, arguments=arguments, cap=cap), files
+    return [(Arm(name, arguments=chosen | engine, cap=cap), files) for engine in engines]
 
 
 def _check_arm(text: str) -> None:

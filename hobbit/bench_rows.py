@@ -14,6 +14,8 @@ from typing import Any
 
 from .bench import Case, Measured, Sample, Test
 from .cpus import cpu_name
+from .policy import DEFAULT
+from .prediction import Prediction
 from .sizes import format_size
 
 Row = dict[str, Any]
@@ -68,6 +70,16 @@ class Phase:
     def missed_bytes(self) -> float:
         """Of those, what was needed: not what a wrong prediction read."""
         return self.read_bytes - self.counters.get("ahead_wasted_bytes", 0) / self.tokens
+
+    def a_token(self, counter: str, unit: float = 1) -> float | None:
+        """Return a counter for each token; None for what does not stream."""
+        return self.counters[counter] / self.tokens / unit if self.streams else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of the experts predicted for a next layer that it chose."""
+        predicted = self.counters.get("predicted", 0)
+        return self.counters["predicted_right"] / predicted if predicted else None
 
     def breakdown(self) -> dict[str, float | None]:
         """Return where a token's time goes; `rest_s` is what llama.cpp does between the experts."""
@@ -136,6 +148,8 @@ def _row(one: Measured, test: Test) -> Row:
         "test": _test_name(case, test),
         "mode": one.arm.name,
         "quality": first.get("quality"),
+        "policy": _argument(one, "policy", str(DEFAULT)),
+        "predict": _argument(one, "predict", str(Prediction())),
         "mem_bytes": one.arm.cap,
         "read_bps": setup.read_bps,
         "warm": setup.warm,
@@ -146,6 +160,11 @@ def _row(one: Measured, test: Test) -> Row:
         "max_ts": max(rates),
         "hit_rate": _median(phase.hit_rate for phase in phases),
         "mib_per_token": statistics.median(phase.read_bytes / _MIB for phase in phases),
+        "predictor": statistics.mode(_predictor(sample) for sample in one.samples),
+        "accuracy": _median(phase.accuracy for phase in phases),
+        "ahead_mib_per_token": _median(p.a_token("ahead_bytes", _MIB) for p in phases),
+        "wasted_mib_per_token": _median(p.a_token("ahead_wasted_bytes", _MIB) for p in phases),
+        "evictions_per_token": _median(p.a_token("evictions") for p in phases),
         "ttft_s": statistics.median(ttft) if test != "tg" else None,
         "load_s": statistics.median(sample["load_s"] for sample in one.samples),
         "peak_rss_bytes": max(sample["peak_rss_bytes"] for sample in one.samples),
@@ -158,26 +177,51 @@ def _row(one: Measured, test: Test) -> Row:
     }
 
 
+def _predictor(sample: Sample) -> str | None:
+    """Return the predictor in force at the end; None where nothing was to be predicted."""
+    return sample["predictor"] if sample.get("plan") == "streamed" else None
+
+
+def _argument(one: Measured, name: str, usual: str) -> str | None:
+    """Return what an arm of hobbit's was told; None for stock."""
+    return one.arm.arguments.get(name, usual) if one.arm.engine == "hobbit" else None
+
+
 def _roofline(one: Measured, test: Test, phases: Sequence[Phase]) -> Row:
     """Compare each repetition with what was measured beside it.
 
     Stock has none: what its disk gave is not what it missed, but far more.
     """
-    none: Row = dict.fromkeys(("roofline", "bound", "resident_s_per_token"))
+    names = ("roofline", "bound", "resident_s_per_token")
+    none: Row = dict.fromkeys((*names, "roofline_reading", "reading_s_per_token"))
     if len(one.resident) < len(phases):
         return none
     compute = [Phase.of(sample, test).seconds_per_token for sample in one.resident]
     if not phases[0].streams:
         return none | {"resident_s_per_token": statistics.median(compute)}
     missed = [phase.missed_bytes for phase in phases]
-    bounds = [bound_s(c, m, d) for c, m, d in zip(compute, missed, one.disk_bytes_s, strict=True)]
     reads = statistics.median(m / d for m, d in zip(missed, one.disk_bytes_s, strict=True))
-    over = (p.seconds_per_token / b for p, b in zip(phases, bounds, strict=True))
+    # The rate was that of one phase.
+    told = one.interfered and test == ("tg" if one.case.n_gen else "pp")
+    slower = [Phase.of(s, test).seconds_per_token for s in one.interfered] if told else []
     return {
-        "roofline": statistics.median(over),
+        "roofline": _over_least(phases, compute, one.disk_bytes_s),
         "bound": "disk" if reads > statistics.median(compute) else "compute",
         "resident_s_per_token": statistics.median(compute),
+        "roofline_reading": _over_least(phases, slower, one.disk_bytes_s) if told else None,
+        "reading_s_per_token": statistics.median(slower) if told else None,
     }
+
+
+def _over_least(
+    phases: Sequence[Phase], compute: Sequence[float], disk_bytes_s: Sequence[float]
+) -> float:
+    """Return the median over the repetitions of a token's time over the least time."""
+    together = zip(phases, compute, disk_bytes_s, strict=True)
+    return statistics.median(
+        phase.seconds_per_token / bound_s(seconds, phase.missed_bytes, disk)
+        for phase, seconds, disk in together
+    )
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -221,10 +265,12 @@ def as_csv(found: Sequence[Row]) -> str:
 
 
 def as_markdown(found: Sequence[Row], breakdown: bool = False) -> str:
-    """Return the table, and on request that of where a token's time goes."""
+    """Return the table, and on request that of where time goes, and of cache and predictions."""
     tables = [_table(_columns(found), found)]
     if breakdown:
-        tables.append(_table(_PART_COLUMNS, found))
+        tables.append(_table([*_arm_columns(found), *_PART_COLUMNS], found))
+        ours = [row for row in found if row["evictions_per_token"] is not None]
+        tables += [_table([*_arm_columns(found), *_CACHE_COLUMNS], ours)] if ours else []
     return "\n".join(tables)
 
 
@@ -250,7 +296,14 @@ _LEFT: list[Column] = [
     ("threads", lambda r: str(r["n_threads"])),
 ]
 # Shown, as by llama-bench, where they are not the default: the name, and the default.
-_SWEPT = {"n_batch": 2048, "n_ubatch": 512, "type_k": "f16", "type_v": "f16"}
+_SWEPT = {
+    "n_batch": 2048,
+    "n_ubatch": 512,
+    "type_k": "f16",
+    "type_v": "f16",
+    "policy": str(DEFAULT),
+    "predict": str(Prediction()),
+}
 _RIGHT: list[Column] = [
     ("test", lambda r: r["test"]),
     ("t/s", lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),
@@ -264,13 +317,28 @@ _RIGHT: list[Column] = [
 ]
 
 
+_READING: Column = ("roofline, reading", lambda r: _number(r["roofline_reading"], 2))
+
+
 def _columns(found: Sequence[Row]) -> list[Column]:
-    swept = [name for name, usual in _SWEPT.items() if any(row[name] != usual for row in found)]
-    return [*_LEFT, *((name, _text_of(name)) for name in swept), *_RIGHT]
+    reading = [_READING] if any(row["roofline_reading"] is not None for row in found) else []
+    return [*_LEFT, *_swept(found), *_RIGHT, *reading]
+
+
+def _arm_columns(found: Sequence[Row]) -> list[Column]:
+    """Return columns that tell rows apart in the tables after the first."""
+    own = [column for column in _swept(found) if column[0] in ("policy", "predict")]
+    return [("test", _text_of("test")), ("mode", _text_of("mode")), *own]
+
+
+def _swept(found: Sequence[Row]) -> list[Column]:
+    """Return columns for what is not the default in some row; stock's rows have no policy."""
+    names = (n for n, usual in _SWEPT.items() if any(r[n] not in (usual, None) for r in found))
+    return [(name, _text_of(name)) for name in names]
 
 
 def _text_of(name: str) -> Callable[[Row], str]:
-    return lambda row: str(row[name])
+    return lambda row: "-" if row[name] is None else str(row[name])
 
 
 def _milliseconds(part: str) -> Callable[[Row], str]:
@@ -278,20 +346,25 @@ def _milliseconds(part: str) -> Callable[[Row], str]:
 
 
 _PART_COLUMNS: list[Column] = [
-    ("test", lambda r: r["test"]),
-    ("mode", lambda r: r["mode"]),
     ("ms/token", _milliseconds("total_s")),
     ("compute", _milliseconds("compute_s")),
     ("stall", _milliseconds("stall_s")),
     ("cache", _milliseconds("manage_s")),
-    ("predict", _milliseconds("predict_s")),
+    ("predicting", _milliseconds("predict_s")),
     ("rest", _milliseconds("rest_s")),
     ("all resident", lambda r: _number(r["resident_s_per_token"], 2, 1e-3)),
     ("disk MB/s", lambda r: _number(r["disk_bytes_s"], 0, 1e6)),
     ("bound", lambda r: r["bound"] or "-"),
     ("load s", lambda r: _number(r["load_s"], 2)),
 ]
-_WORDS = ("model", "backend", "mode", "bound")
+_CACHE_COLUMNS: list[Column] = [
+    ("predictor", _text_of("predictor")),
+    ("right %", lambda r: _number(r["accuracy"], 1, 0.01)),
+    ("ahead MiB/t", lambda r: _number(r["ahead_mib_per_token"], 2)),
+    ("wasted MiB/t", lambda r: _number(r["wasted_mib_per_token"], 2)),
+    ("evictions/t", lambda r: _number(r["evictions_per_token"], 2)),
+]
+_WORDS = ("model", "backend", "mode", "bound", "policy", "predict", "predictor")
 
 
 def _table(columns: Sequence[Column], found: Sequence[Row]) -> str:

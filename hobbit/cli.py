@@ -56,6 +56,14 @@ if TYPE_CHECKING:
 
 EXIT_DISK_FULL = 5
 _STDIN_PATIENCE_S = 2.0
+_POLICY_HELP = (
+    "Who is evicted from the cache of experts: decay, hobbit, lcu, lfru, lfu or lru, perhaps with "
+    "settings, as decay:half_life=64."
+)
+_PREDICTOR_HELP = (
+    "Who says which experts the next layers need: gate, map, none, or auto, which tries; perhaps "
+    "with settings, as gate:depth=1,always."
+)
 
 app = typer.Typer(
     help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
@@ -288,6 +296,8 @@ def run(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    policy: Annotated[str, _flag("--policy", help=_POLICY_HELP)] = "decay",
+    predictor: Annotated[str, _flag("--predictor", help=_PREDICTOR_HELP)] = "auto",
     quality: Annotated[
         str,
         _flag(
@@ -688,6 +698,8 @@ def evaluate(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    policy: Annotated[str, _flag("--policy", help=_POLICY_HELP)] = "decay",
+    predictor: Annotated[str, _flag("--predictor", help=_PREDICTOR_HELP)] = "auto",
     json_output: Annotated[
         bool, _flag("--json", help="Print one JSON object instead of tables.")
     ] = False,
@@ -826,6 +838,8 @@ def trace(
         str,
         _flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
     ] = "auto",
+    policy: Annotated[str, _flag("--policy", help=_POLICY_HELP)] = "decay",
+    predictor: Annotated[str, _flag("--predictor", help=_PREDICTOR_HELP)] = "auto",
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Record which experts the router chooses for a text, in a file, or show such a file."""
@@ -892,6 +906,13 @@ def bench(
             "55%model of the model's file, or none. Needs root, or systemd.",
         ),
     ] = "none",
+    policy: Annotated[
+        list[str] | None, _flag("--policy", help=f"{_POLICY_HELP} Repeatable: an arm for each.")
+    ] = None,
+    predictor: Annotated[
+        list[str] | None,
+        _flag("--predictor", help=f"{_PREDICTOR_HELP} Repeatable: an arm for each."),
+    ] = None,
     read_bps: Annotated[
         str, _flag("--read-bps", help="Hold the disk to so many bytes a second, as 500M.")
     ] = "",
@@ -916,6 +937,14 @@ def bench(
             "measured too, and reading what was missed.",
         ),
     ] = True,
+    interference: Annotated[
+        bool,
+        _flag(
+            "--interference",
+            help="Compare also with computing while another process reads as much, for reading "
+            "slows computing down.",
+        ),
+    ] = False,
     breakdown: Annotated[
         bool,
         _flag("--breakdown", "--verbose", "-v", help="Show where a token's time goes (md)."),
@@ -927,7 +956,7 @@ def bench(
     try:
         from .bench_options import BenchOptions
 
-        for name in ("words", "model", "pg", "arm"):
+        for name in ("words", "model", "pg", "arm", "policy", "predictor"):
             values[name] = tuple(values[name] or ())
         return _bench(BenchOptions(**values))
     except KeyboardInterrupt as exc:
@@ -1000,6 +1029,103 @@ def _bench(options: BenchOptions) -> int:
     breakdown = options.breakdown and options.output == "md"
     _print(as_markdown(found, True) if breakdown else FORMATS[options.output](found))
     return 0
+
+
+@app.command()
+def simulate(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...",
+            help="Files of hobbit trace, of one model; each further one is another sequence.",
+        ),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            metavar="NAME[:SETTINGS]",
+            help="Compare this (repeatable): belady, decay, hobbit, lcu, lfru, lfu or lru, as in "
+            "decay:half_life=64,w_fld=0.1 (default: all).",
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE",
+            help="Size of the cache (repeatable): 4G, 55% of all experts, or '200 slots' "
+            "(default: 25%, 50%, 75%).",
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="NAME=VALUES",
+            help="Compare a setting's values, as half_life=32,64 (repeatable: every combination).",
+        ),
+    ] = None,
+    tune: Annotated[
+        bool, _flag("--tune", help="Print the settings that read the least, of decay and hobbit.")
+    ] = False,
+    predict: Annotated[
+        str, _flag("--predict", help="none, or recorded: the trace's own predictions.")
+    ] = "none",
+    odds: Annotated[
+        float, _flag("--odds", min=0, max=1, help="Read ahead what has at least these odds.")
+    ] = 0.0,
+    t1: Annotated[
+        float | None,
+        _flag("--t1", help="For experts: score above which low precision will do.", max=1),
+    ] = None,
+    t2: Annotated[
+        float | None,
+        _flag(
+            "--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1
+        ),
+    ] = None,
+    patience: Annotated[
+        int,
+        _flag("--patience", min=0, max=65535, help="As in hobbit run."),
+    ] = 0,
+    deterministic: Annotated[
+        bool, _flag("--deterministic", help="Let the scores decide, whatever is cached.")
+    ] = False,
+    tokens: Annotated[
+        int, _flag("-n", "--tokens", min=0, help="Only the first tokens; 0: all.")
+    ] = 0,
+    skip: Annotated[
+        int, _flag("--skip", min=0, help="Tokens of warm-up that are not counted.")
+    ] = 0,
+    one_sequence: Annotated[
+        bool,
+        _flag("--one-sequence", help="Forget no records of uses where another sequence begins."),
+    ] = False,
+    disk: Annotated[
+        str, _flag("--disk", help="Speed of the disk in bytes a second, for the modelled tok/s.")
+    ] = "500M",
+    compute_ms: Annotated[
+        float, _flag("--compute-ms", min=0, help="Milliseconds that computing a token takes.")
+    ] = 90.0,
+    plot: Annotated[
+        Path | None, _flag("--plot", help="Draw bytes a token against the cache into this PNG.")
+    ] = None,
+    json_output: Annotated[
+        bool, _flag("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> int:
+    """Replay routing traces: what would other caches and policies have read?"""
+    values = dict(locals())
+    try:
+        from .simulating import simulating
+
+        for name in ("traces", "policy", "budget", "sweep"):
+            values[name] = tuple(values[name] or ())
+        _print(simulating(values, Screen()))
+        return 0
+    except KeyboardInterrupt as exc:
+        raise Interrupted from exc
 
 
 def _run(options: Options) -> int:

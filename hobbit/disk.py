@@ -98,6 +98,35 @@ def probe(
     )
 
 
+def keep_reading(path: Path, piece_bytes: Sequence[int], bytes_per_s: float) -> None:
+    """Read experts at random places at this rate, as long as the parent process is there."""
+    file, parent, start = _File(path, True), os.getppid(), time.perf_counter()
+
+    def work(_: int) -> None:
+        done = 0
+        while True:
+            for block in _blocks(file, piece_bytes):
+                if os.getppid() != parent:
+                    return
+                done += file.read(block)
+                early = done * THREADS / bytes_per_s - (time.perf_counter() - start)
+                time.sleep(max(early, 0.0))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(work, range(THREADS)))
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Drop a file's pages: those another process brought in would not count against a cap."""
+    fd = os.open(path, _FLAGS)
+    try:
+        os.fsync(fd)  # dirty pages are not dropped
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 class _File:
     """A file that is read past the page cache, into a buffer of each thread's own."""
 

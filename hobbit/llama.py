@@ -45,7 +45,15 @@ from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
 from .sizes import format_size
 from .stats import Stats
-from .streamed import ContextMemory, ExpertInputs, Io, StreamedModel, made, measure
+from .streamed import (
+    PREDICTORS,
+    ContextMemory,
+    ExpertInputs,
+    Io,
+    StreamedModel,
+    made,
+    measure,
+)
 
 ResidentLow = Literal["auto", "on", "off"]
 
@@ -192,6 +200,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "ahead_used": c.ahead_used,
                 "ahead_bytes": c.ahead_bytes,
                 "ahead_wasted_bytes": c.ahead_wasted_bytes,
+                "predictor": PREDICTORS[c.predictor],
                 "stall_s": c.stall_ns * 1e-9,
                 "moe_s": c.compute_ns * 1e-9,
                 "predict_s": c.predict_ns * 1e-9,
@@ -256,6 +265,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "n_expert_used": self.layout.n_expert_used,
             "rule": asdict(self.rule),
             "low_is_resident": self.plan.low_is_resident,
+            "nested": any(m.plane_bytes for g in self.layout.groups for m in g.matrices),
             "cached": moe.counters().n_cached,
         }
         with moe.trace(str(path), json.dumps(note), probs):

@@ -269,7 +269,7 @@ def plan(
             raise PlanError(f"a cache of {cache} bytes is below the floor, {floor}", floor)
     if budget < floor or fixed + budget > cap.bytes:
         raise _too_small(cap, [*parts, Line("experts", floor if cache is None else budget)])
-    pools = _fill(pools, budget)
+    pools = fill(pools, budget)
     cached = sum(pool.bytes for pool in pools)
     lines = list(parts)
     if pools:
@@ -300,7 +300,7 @@ def _floor_pools(layout: Layout, slot_bytes: Sequence[SlotBytes]) -> tuple[Pool,
     return tuple(pools)
 
 
-def _fill(pools: Sequence[Pool], budget: int) -> tuple[Pool, ...]:
+def fill(pools: Sequence[Pool], budget: int) -> tuple[Pool, ...]:
     """Give the budget to the pools in proportion to the bytes of their experts."""
     slots = [pool.slots for pool in pools]
     left = budget - sum(pool.bytes for pool in pools)
@@ -336,7 +336,7 @@ def _cliff_budget(pools: Sequence[Pool]) -> int:
     high = sum(replace(pool, slots=pool.experts).bytes for pool in pools)
     while low < high:
         middle = (low + high) // 2
-        if _below_cliff(_fill(least, middle)):
+        if _below_cliff(fill(least, middle)):
             low = middle + 1
         else:
             high = middle

@@ -14,6 +14,8 @@ from .cpus import physical_cores
 from .errors import UsageError
 from .generate import Sampling, parsed_grammar
 from .gguf_file import padded
+from .policy import DEFAULT, parse_policy
+from .prediction import Prediction, parse_prediction
 from .quality import Quality, choose
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ TASK_CONTEXT = 1024
 MAX_THREADS = 512
 # llama.cpp takes 32 bits, of which the largest number means a random seed.
 MAX_SEED = 2**32 - 2
+DEFAULT_POLICY = str(DEFAULT)
+DEFAULT_PREDICTOR = str(Prediction())
 
 # The types that llama.cpp accepts for the KV cache, with ggml's numbers.
 KV_TYPES = {
@@ -89,6 +93,8 @@ class Options:
     record: Path | None = None
     replay: Path | None = None
     memory: str = "auto"
+    policy: str = DEFAULT_POLICY
+    predictor: str = DEFAULT_PREDICTOR
     io: str = "auto"
     io_threads: int = 0
     json_output: bool = False
@@ -113,6 +119,8 @@ class Options:
         if not -1 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: must be -1 (random), or from 0 to {MAX_SEED}")
         _gpu_layers(self.gpu_layers)
+        parse_policy(self.policy)
+        parse_prediction(self.predictor)
 
     @property
     def model_name(self) -> str | None:
@@ -168,6 +176,8 @@ class EvalOptions:
     ctx_size: int | None = None
     threads: int | None = None
     memory: str = "auto"
+    policy: str = DEFAULT_POLICY
+    predictor: str = DEFAULT_PREDICTOR
     json_output: bool = False
     quiet: bool = False
 
@@ -189,6 +199,8 @@ class EvalOptions:
             ctx_size=self.ctx_size or needed,
             threads=self.threads,
             memory=self.memory,
+            policy=self.policy,
+            predictor=self.predictor,
             warm_start=False,
         )
 
@@ -221,6 +233,8 @@ class TraceOptions:
     ctx_size: int | None = None
     threads: int | None = None
     memory: str = "auto"
+    policy: str = DEFAULT_POLICY
+    predictor: str = DEFAULT_PREDICTOR
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -236,6 +250,9 @@ class TraceOptions:
             ctx_size=self.ctx_size or self.tokens or None,
             threads=self.threads,
             memory=self.memory,
+            policy=self.policy,
+            predictor=self.predictor,
+            warm_start=False,
             batch_size=self.batch,
             ubatch_size=min(self.ubatch, self.batch),
         )
@@ -379,6 +396,8 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
         "n_threads_batch": batch if batch is not None and batch > 0 else threads,
         "n_gpu_layers": _gpu_layers(options.gpu_layers),
         "memory": options.memory,
+        "policy": options.policy,
+        "predict": options.predictor,
         "io": options.io,
         "io_threads": options.io_threads,
         "resident_low": options.resident_low,

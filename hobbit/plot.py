@@ -1,10 +1,11 @@
-"""A picture of what bytes cost: KL against bytes a token. Needs matplotlib, which is optional."""
+"""Pictures of what is measured against bytes. They need matplotlib, which is optional."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import HobbitError, UsageError
 
@@ -43,13 +44,7 @@ def plot(
     KL is on a logarithmic axis: what has none, exact, is a vertical line. Raises UsageError without
     matplotlib, HobbitError where the file cannot be written.
     """
-    check()
-    # Not pyplot: that would look for a screen, and keep what it drew.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     axes = figure.add_subplot()
     for name, points in curves:
         line = sorted((p.bytes_per_token / _MIB, p.kl) for p in points if p.kl > 0)
@@ -67,6 +62,41 @@ def plot(
     axes.set_xlim(left=0)
     axes.set_xlabel("MiB read a token")
     axes.set_ylabel("mean KL to exact, nats a token")
+    _save(path, figure, axes, title)
+
+
+def plot_curves(
+    path: Path,
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    title: str = "",
+    x: str = "",
+    y: str = "",
+) -> None:
+    """Write a PNG of named curves through points (x, y), both axes from 0; raises as `plot`."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for name, points in curves:
+        axes.plot(*zip(*sorted(points), strict=True), marker=".", linewidth=1, label=name)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    _save(path, figure, axes, title)
+
+
+def _figure() -> Any:
+    check()
+    # Not pyplot: that would look for a screen, and keep what it drew.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(path: Path, figure: Any, axes: Any, title: str) -> None:
     axes.set_title(title)
     axes.grid(True, which="both", alpha=0.2)
     if axes.get_legend_handles_labels()[0]:

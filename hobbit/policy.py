@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ class Policy:
     half_life: float = 128.0
 
     def __str__(self) -> str:
-        known = POLICIES[self.name]
+        known = SIMULATED[self.name]
         names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(known, f.name)]
         settings = ",".join(f"{name}={getattr(self, name):g}" for name in names)
         return f"{self.name}:{settings}" if settings else self.name
@@ -38,13 +39,16 @@ POLICIES = {
     )
 }
 DEFAULT = POLICIES["decay"]
+# Who is used next latest goes first (Belady): the least misses, but it takes knowing the future.
+BELADY = Policy("belady")
+SIMULATED = POLICIES | {BELADY.name: BELADY}
 
 
-def parse_policy(text: str) -> Policy:
+def parse_policy(text: str, known: Mapping[str, Policy] = POLICIES) -> Policy:
     """Read `NAME` or `NAME:w_fld=0.1,half_life=64`; raise UsageError."""
     name, _, settings = text.partition(":")
-    if name not in POLICIES:
-        raise UsageError(f"there is no cache policy {name!r}: use one of {', '.join(POLICIES)}")
+    if name not in known:
+        raise UsageError(f"there is no cache policy {name!r}: use one of {', '.join(known)}")
     changed: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
@@ -53,9 +57,9 @@ def parse_policy(text: str) -> Policy:
         except ValueError:
             number = -1.0
         if key == "name" or key not in Policy.__dataclass_fields__:
-            known = ", ".join(f.name for f in fields(Policy) if f.name != "name")
-            raise UsageError(f"a cache policy has no setting {key!r}: use {known}")
+            names = ", ".join(f.name for f in fields(Policy) if f.name != "name")
+            raise UsageError(f"a cache policy has no setting {key!r}: use {names}")
         if not 0 <= number <= 1e6 or (key == "half_life" and number < 1):
             raise UsageError(f"{key}={value} makes no sense: use a number, such as {key}=1")
         changed[key] = number
-    return replace(POLICIES[name], **changed)
+    return replace(known[name], **changed)

@@ -256,9 +256,41 @@ def verbose_lines(result: Result, load_s: float) -> list[str]:
             ("expert hits", f"{stats.hits} of {stats.hits + stats.misses}"),
             ("expert evictions", f"{stats.evictions}"),
             ("read", f"{format_size(stats.read_bytes)} ({stats.io})"),
-            ("waited for reads", f"{stats.stall_s:.2f} s of {stats.moe_s:.2f} s in experts"),
+            ("waited for reads", f"{stats.stall_s:.2f} s"),
+            *_token_rows(result),
         ]
     return [f"{name + ':':<22}{value}" for name, value in rows]
+
+
+def _token_rows(result: Result) -> list[tuple[str, str]]:
+    """Return rows on the tokens after the first one: what was predicted, and where time went."""
+    decode, tokens = result.decode, result.decode.tokens_generated
+    if not tokens:
+        return []
+    words = [decode.predictor]
+    if decode.predicted:
+        found = f"{100 * decode.prediction_accuracy:.0f} % right"
+        words.append(f"{found} when tried" if decode.predictor == "none" else found)
+    said = ", ".join(words)
+    if decode.ahead_bytes:
+        said += f"; {decode.ahead_mib_per_token:.1f} MiB a token read ahead"
+        said += f", {100 * decode.ahead_wasted_share:.0f} % of it in vain"
+    parts = {
+        "experts": decode.moe_s,
+        "waiting": decode.stall_s,
+        "predicting": decode.predict_s,
+        "cache": decode.manage_s,
+    }
+    parts["the rest"] = max(decode.decode_s - sum(parts.values()), 0.0)
+    times = ", ".join(f"{name} {_ms(s / tokens)}" for name, s in parts.items())
+    # With everything cached there is nothing to predict, whichever predictor it would be.
+    rows = [("prediction", said)] if decode.mode == "streamed" else []
+    return [*rows, ("time of a token", f"{_ms(decode.decode_s / tokens)}: {times}")]
+
+
+def _ms(seconds: float) -> str:
+    ms = 1000 * seconds
+    return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms"
 
 
 def run_report(
@@ -308,6 +340,18 @@ def run_report(
             "unscored": stats.unscored,
             "promotions": stats.promotions,
             "stand_ins": stats.stand_ins,
+            "predictor": stats.predictor,
+            "predicted": stats.predicted,
+            "predicted_right": stats.predicted_right,
+            "prediction_accuracy": stats.prediction_accuracy,
+            "ahead": stats.ahead,
+            "ahead_used": stats.ahead_used,
+            "bytes_read_ahead": stats.ahead_bytes,
+            "bytes_read_in_vain": stats.ahead_wasted_bytes,
+            "ahead_wasted_share": stats.ahead_wasted_share,
+            "compute_s": stats.moe_s,
+            "predict_s": stats.predict_s,
+            "manage_s": stats.manage_s,
         },
         "quality": {
             "name": quality.name,

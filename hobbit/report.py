@@ -1,4 +1,4 @@
-"""What `hobbit eval` prints: a table on stdout, or JSON."""
+"""What the commands that measure print: tables on stdout, or JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from .calibration import Calibration, Point
     from .choices import ChoiceRow
     from .evaluate import Row
+    from .lab import LabRow
     from .trace import Trace
 
 SCHEMA = "hobbit.eval/1"
+SIMULATION_SCHEMA = "hobbit.simulate/1"
 
 _MIB = 1 << 20
 _HEAD = (
     "mode", "KL mean", "+-", "KL p99", "KL max", "top-1", "ppl", "MiB/tok", "fewer",
     "high", "low", "skip", "hit", "tok/s",
+)  # fmt: skip
+_LAB_HEAD = (
+    "cache", "policy", "hit", "MiB/tok", "evictions", "of LRU", "gap closed", "tok/s", "at most",
 )  # fmt: skip
 _TASK_HEAD = ("mode", "n", "accuracy", "+-", "by byte", "+-", "as exact", "by byte")
 
@@ -124,6 +129,45 @@ def trace_lines(trace: Trace) -> list[str]:
     return [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
 
 
+def lab_lines(rows: Sequence[LabRow]) -> list[str]:
+    """Return the table of simulated caches and policies; `at most` is the roofline's tok/s."""
+    cells: list[Sequence[str]] = [_LAB_HEAD]
+    for row in rows:
+        cells.append(
+            (
+                f"{row.slots} slots, {format_size(row.cache_bytes)}",
+                row.policy,
+                _percent(row.hit_rate),
+                f"{row.bytes_per_token / _MIB:.2f}",
+                f"{row.evictions}",
+                f"{row.against_lru:.3f}",
+                _percent(row.closed) if math.isfinite(row.closed) else "-",
+                f"{row.tok_s:.2f}",
+                f"{row.roofline_tok_s:.2f}",
+            )
+        )
+    return _table(cells, left=2)
+
+
+def lab_report(rows: Sequence[LabRow], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `hobbit simulate --json` prints."""
+    more = ("hit_rate", "bytes_per_token")
+    return {
+        "schema": SIMULATION_SCHEMA,
+        **facts,
+        "rows": [_plain(asdict(row) | {n: getattr(row, n) for n in more}) for row in rows],
+    }
+
+
+def lab_curves(rows: Sequence[LabRow]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Return for each policy its bytes a token by the size of the cache, for a plot."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        point = (row.cache_bytes / _MIB, row.bytes_per_token / _MIB)
+        curves.setdefault(row.policy, []).append(point)
+    return [*curves.items()]
+
+
 def task_lines(name: str, rows: Sequence[ChoiceRow]) -> list[str]:
     """Return the table of one file of multiple-choice questions."""
     cells: list[Sequence[str]] = [_TASK_HEAD]
@@ -173,12 +217,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Align the first column left and the others right."""
+def _table(cells: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Align the first columns left and the others right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
+            cell.rjust(width) if i >= left else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells

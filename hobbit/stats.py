@@ -45,7 +45,8 @@ class Stats:
     experts that got a resident low copy though they needed a high one.
     `predicted` are experts predicted for the next layer, `predicted_right` those that it chose.
     `ahead` are copies read because they were predicted, `ahead_used` those of them that were then
-    used; `ahead_bytes` and `ahead_wasted_bytes` what they took and what of it was in vain.
+    used; `ahead_bytes` and `ahead_wasted_bytes` what was read so, and what of it was in vain.
+    `predictor` is the one in force now; while "auto" tries them it changes every few tokens.
     `stall_s` is the time in which computing waited for a read, `moe_s` the time in the experts'
     matrices, `predict_s` that of predicting, `manage_s` of looking up, evicting and asking.
     """
@@ -77,6 +78,7 @@ class Stats:
     moe_s: float = 0.0
     predict_s: float = 0.0
     manage_s: float = 0.0
+    predictor: str = ""
     io: str = ""
     cap_bytes: int = 0
     peak_bytes: int = 0
@@ -107,6 +109,23 @@ class Stats:
         total = self.prompt_s + self.decode_s
         return min(self.stall_s / total, 1.0) if total > 0 else 0.0
 
+    @property
+    def prediction_accuracy(self) -> float:
+        """The share of the experts predicted for the next layer that it then chose."""
+        return self.predicted_right / self.predicted if self.predicted else 0.0
+
+    @property
+    def ahead_mib_per_token(self) -> float:
+        """Of `mib_per_token`, what was read for predictions."""
+        tokens = self.tokens_prompt + self.tokens_generated
+        return self.ahead_bytes / (1 << 20) / tokens if tokens else 0.0
+
+    @property
+    def ahead_wasted_share(self) -> float:
+        """The share of what was read for predictions that was never used."""
+        # Of a part of a run it can be more: what was read before it is given up in it.
+        return min(self.ahead_wasted_bytes / self.ahead_bytes, 1.0) if self.ahead_bytes else 0.0
+
     def plus(self, more: Stats) -> Stats:
         """Return the counters of both."""
         both = {name: getattr(self, name) + getattr(more, name) for name in _COUNTERS}
@@ -125,4 +144,7 @@ class Stats:
             "tok_s": self.tok_s,
             "prompt_tok_s": self.prompt_tok_s,
             "stall_share": self.stall_share,
+            "prediction_accuracy": self.prediction_accuracy,
+            "ahead_mib_per_token": self.ahead_mib_per_token,
+            "ahead_wasted_share": self.ahead_wasted_share,
         }

@@ -19,8 +19,9 @@ from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
 from .policy import Policy
-from .prediction import Prediction
+from .prediction import KINDS, Prediction
 from .rule import Rule
+from .structs import policy_struct, rule_struct
 
 # How often reads in the background are gone on with while nothing is computed.
 _SETTLE_INTERVAL_S = 0.005
@@ -37,6 +38,8 @@ _SOURCE: dict[str, int] = {
     "memory": lib.HOBBIT_SOURCE_MEMORY,
     "hole": lib.HOBBIT_SOURCE_HOLE,
 }
+# The names of the C enum hobbit_predict.
+PREDICTORS = {getattr(lib, f"HOBBIT_PREDICT_{kind.upper()}"): kind for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -223,38 +226,13 @@ class StreamedModel:
 
     def set_rule(self, rule: Rule) -> None:
         """Put a rule in force from the next layer on."""
-        t1, t2 = rule.thresholds(len(self.layout.groups))
-        keep = [ffi.new("float[]", values) for values in (t1, t2)]
-        native = {
-            "t1": keep[0],
-            "t2": keep[1],
-            "deterministic": rule.deterministic,
-            "renormalise": rule.renormalise,
-            "per_token": rule.per_token,
-            "substitute": rule.substitute,
-            "experts": rule.experts,
-            "reversed": rule.reversed,
-            "patience": rule.patience,
-        }
-        error = error_buffer()
-        made_rule = ffi.new("struct hobbit_rule *", native)
-        check(lib.hobbit_model_set_rule(self._handle, made_rule, error, len(error)), error)
+        native, error = rule_struct(rule, len(self.layout.groups)), error_buffer()
+        status = lib.hobbit_model_set_rule(self._handle, native.pointer, error, len(error))
+        check(status, error)
 
     def set_policy(self, policy: Policy) -> None:
         """Evict by this policy from now on."""
-        native = ffi.new(
-            "struct hobbit_policy *",
-            {
-                "kind": getattr(lib, f"HOBBIT_POLICY_{policy.name.upper()}"),
-                "w_lru": policy.w_lru,
-                "w_lfu": policy.w_lfu,
-                "w_lhu": policy.w_lhu,
-                "w_fld": policy.w_fld,
-                "half_life": policy.half_life,
-                "low_cost": self._low_cost(),
-            },
-        )
-        error = error_buffer()
+        native, error = policy_struct(policy, self._low_cost()), error_buffer()
         check(lib.hobbit_model_set_policy(self._handle, native, error, len(error)), error)
 
     def _native_prediction(self, prediction: Prediction) -> Any:

@@ -86,23 +86,9 @@ void hb_model_give_up(struct hobbit_model *m, int32_t group) {
         struct hb_load *load = load_of(m, e.key);
         if (load != NULL && load->ahead) {
             hb_reader_cancel(m->reader, &load->job);
-            load->cancelled = true;
         }
     }
     m->n_expected = kept;
-}
-
-int32_t hb_model_expectation(const struct hobbit_model *m, int32_t group, int32_t expert, int32_t need) {
-    struct hb_key high = {group, expert, HOBBIT_HIGH};
-    bool has_low = m->catalog.groups[group].copies[HOBBIT_LOW].n_matrices > 0;
-    if (m->rule.deterministic || need == HOBBIT_SKIP) {
-        return need;
-    }
-    if (hb_model_has(m, high)) {
-        return HOBBIT_HIGH;
-    }
-    bool patient = has_low && m->rule.patience > 1 && m->in_vain[hb_model_number(m, high)] + 1 < m->rule.patience;
-    return need == HOBBIT_LOW || m->low_kept || patient ? HOBBIT_LOW : HOBBIT_HIGH;
 }
 
 static int32_t kind_of_arm(const struct hobbit_model *m, int32_t arm) {
@@ -201,6 +187,10 @@ void hb_model_note_pass(struct hobbit_model *m, int32_t n_tokens) {
     }
     m->pass.start = now;
     m->pass.single = n_tokens == 1;
+}
+
+int32_t hb_model_last_rows(const struct hobbit_model *m) {
+    return m->pass.last_rows;
 }
 
 struct hb_router *hb_model_routers(struct hobbit_model *m) {

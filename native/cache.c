@@ -52,6 +52,7 @@ struct hb_cache {
     struct hobbit_policy policy;
     int32_t n_classes;
     struct hb_moment now;
+    uint64_t *seen; /* now.seen */
     int32_t n_ready;
     uint64_t uses, evictions;
 };
@@ -106,10 +107,12 @@ struct hb_cache *hb_cache_new(int32_t n_pools, const struct hobbit_pool *pools, 
     }
     c->emptied = emptied;
     c->context = context;
+    c->seen = calloc((size_t) n_groups, sizeof *c->seen);
     c->now.n_groups = n_groups;
+    c->now.seen = c->seen;
     c->pools = calloc((size_t) n_pools, sizeof *c->pools);
     c->groups = calloc((size_t) n_groups, sizeof *c->groups);
-    bool good = c->pools != NULL && c->groups != NULL;
+    bool good = c->pools != NULL && c->groups != NULL && c->seen != NULL;
     for (int32_t i = 0; good && i < n_pools; i++) {
         good = add_pool(&c->pools[c->n_pools++], &pools[i]);
     }
@@ -144,6 +147,7 @@ void hb_cache_free(struct hb_cache *c) {
     }
     free(c->groups);
     free(c->pools);
+    free(c->seen);
     free(c);
 }
 
@@ -263,6 +267,7 @@ void hb_cache_begin(struct hb_cache *c, int32_t group, int32_t n_tokens) {
         c->now.token += (uint64_t) n_tokens;
     }
     c->now.group = group;
+    c->seen[group] = c->now.token;
     struct group *g = &c->groups[group];
     g->passes++;
     for (int32_t e = 0; e < g->n_experts && hb_policy_moves_used(&c->policy); e++) {
@@ -282,7 +287,8 @@ void hb_cache_reset(struct hb_cache *c) {
     }
     for (int32_t i = 0; i < c->n_groups; i++) {
         for (int32_t e = 0; e < c->groups[i].n_experts; e++) {
-            c->groups[i].usage[e] = (struct hb_usage) {.last_token = 0};
+            struct hb_usage *usage = &c->groups[i].usage[e];
+            *usage = (struct hb_usage) {.next_use = usage->next_use}; /* that is no record of the past */
         }
     }
     c->now.token = 0;

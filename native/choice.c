@@ -174,33 +174,30 @@ static void ask_for_high(struct hobbit_model *m, struct hb_key key) {
     }
 }
 
-/* With patience: whether the low copy has to do this time too. */
-static bool stands_in(struct hobbit_model *m, struct hb_key key) {
-    uint16_t *in_vain = &m->in_vain[hb_model_number(m, key)];
-    bool low = *in_vain + 1 < m->rule.patience;
-    *in_vain = low ? *in_vain + 1 : 0;
-    atomic_fetch_add(&m->counters.stand_ins, low);
-    return low;
+static struct hb_wanted wanted(const struct hobbit_model *m, int32_t group, int32_t expert, int32_t need) {
+    struct hb_key high = {group, expert, HOBBIT_HIGH};
+    uint16_t *in_vain = m->in_vain != NULL ? &m->in_vain[hb_model_number(m, high)] : NULL;
+    return (struct hb_wanted) {.high = high, .need = need, .in_vain = in_vain,
+                               .has_low = m->catalog.groups[group].copies[HOBBIT_LOW].n_matrices > 0};
 }
 
 int32_t hb_model_choose(struct hobbit_model *m, int32_t group, int32_t expert, int32_t need) {
-    struct hb_key high = {group, expert, HOBBIT_HIGH};
-    bool patient = m->rule.patience > 1 && m->catalog.groups[group].copies[HOBBIT_LOW].n_matrices > 0;
-    if (m->rule.deterministic || (need == HOBBIT_HIGH && !m->low_kept && !patient)) {
-        return need;
-    }
-    if (hb_cache_peek(m->cache, high) >= 0) {
-        return HOBBIT_HIGH;
-    }
-    if (need == HOBBIT_HIGH && !m->low_kept) {
-        return stands_in(m, high) ? HOBBIT_LOW : HOBBIT_HIGH;
-    }
-    bool low = hb_model_has(m, (struct hb_key) {group, expert, HOBBIT_LOW});
-    if (need == HOBBIT_HIGH && low) {
-        atomic_fetch_add(&m->counters.stand_ins, 1);
-        if (hb_cache_slot(m->cache, high) < 0) {
-            ask_for_high(m, high);
+    struct hb_wanted asked = wanted(m, group, expert, need);
+    bool high = m->rule.deterministic || hb_model_has(m, asked.high);
+    if (need == HOBBIT_HIGH && m->low_kept && !high) {
+        bool low = hb_model_has(m, hb_key_in(asked.high, HOBBIT_LOW));
+        atomic_fetch_add(&m->counters.stand_ins, low);
+        if (low && hb_cache_slot(m->cache, asked.high) < 0) {
+            ask_for_high(m, asked.high);
         }
+        return low ? HOBBIT_LOW : HOBBIT_HIGH;
     }
-    return low ? HOBBIT_LOW : need;
+    int32_t precision = hb_rule_choose(&m->rule, m->cache, &asked);
+    atomic_fetch_add(&m->counters.stand_ins, need == HOBBIT_HIGH && precision == HOBBIT_LOW);
+    return precision;
+}
+
+int32_t hb_model_expectation(const struct hobbit_model *m, int32_t group, int32_t expert, int32_t need) {
+    struct hb_wanted asked = wanted(m, group, expert, need);
+    return hb_rule_expect(&m->rule, m->cache, &asked, m->low_kept);
 }

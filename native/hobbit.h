@@ -52,6 +52,15 @@ enum hobbit_trace_flags {
     HOBBIT_TRACE_PROBS = 1, /* the router's softmax over all experts too, where it is a softmax of a linear layer */
 };
 
+/* What a routing trace has: docs/trace.md. */
+enum hobbit_event {
+    HOBBIT_EVENT_END       = 0,
+    HOBBIT_EVENT_LAYER     = 1,
+    HOBBIT_EVENT_SEQUENCE  = 2,
+    HOBBIT_EVENT_PREDICTED = 3,
+    HOBBIT_EVENT_FORGET    = 4,
+};
+
 enum hobbit_source {
     HOBBIT_SOURCE_FILE   = 0,
     HOBBIT_SOURCE_MEMORY = 1,
@@ -141,6 +150,42 @@ struct hobbit_policy {
     float w_lru, w_lfu, w_lhu, w_fld; /* HOBBIT; DECAY uses w_fld */
     float half_life;                  /* DECAY, in tokens */
     float low_cost;                   /* LCU: bytes of a low copy over those of a high one */
+};
+
+/* A routing trace in arrays, as hobbit/trace.py reads it. */
+struct hobbit_routing {
+    int64_t n_events, n_pairs;
+    const uint8_t *kind;                    /* [n_events] enum hobbit_event */
+    const int32_t *group, *n_rows, *n_used; /* [n_events]; of a prediction one row */
+    const int64_t *pair_at;                 /* [n_events] where its n_rows * n_used pairs begin */
+    const uint8_t *has_weights;             /* [n_events] */
+    const int32_t *experts;                 /* [n_pairs] */
+    const float *weights;                   /* [n_pairs] gate weights; of a prediction the probabilities */
+};
+
+/* A cache that a trace is replayed against, and who decides; native/simulate.h says how. */
+struct hobbit_simulation {
+    int32_t n_groups, n_pools;
+    const int32_t *n_expert, *pool_of_group; /* [n_groups] */
+    const uint64_t *expert_bytes;            /* [n_groups][2] of a copy, by precision; 0: there is none */
+    const struct hobbit_pool *pools;
+    struct hobbit_policy policy;             /* any kind */
+    struct hobbit_rule rule;                 /* without `substitute`: the trace has what was computed */
+    int32_t predicted;                       /* take in the trace's predictions */
+    double least_odds;                       /* what is predicted with smaller ones is protected, but not read ahead */
+    double disk_bytes_s;                     /* 0: reading takes no time */
+    double compute_s;                        /* of one layer, for one token */
+};
+
+/* What came of it. The arrays are the caller's, [n_events]: a layer's are at its event, others have 0. */
+struct hobbit_simulated {
+    uint32_t *hits, *misses, *evictions;
+    uint64_t *read_bytes, *read_low_bytes; /* low copies are in both */
+    double *seconds;
+    uint64_t pairs[3];              /* by precision */
+    uint64_t promotions, stand_ins; /* as in hobbit_stats, as the next three */
+    uint64_t ahead, ahead_used, ahead_wasted_bytes;
+    uint64_t crowded; /* layers that needed more at once than there was room for: in the engine, arrivals decide then */
 };
 
 /* Which experts the next layers will use. */
@@ -287,6 +332,10 @@ int32_t hobbit_quantize(int32_t from_type, const void *src, int32_t to_type, voi
 int32_t hobbit_nested_split(const void *q8_0, void *high_plane, void *low_plane, size_t n_blocks,
                             const float *importance, size_t row_blocks);
 void hobbit_nested_merge(const void *high_plane, const void *low_plane, void *q8_0, size_t n_blocks);
+/* Replay a trace, from an empty cache. HOBBIT_ARG: a number makes no sense, the cache is too small for what one layer
+ * needs, or the rule wants gate weights that the trace does not have. Needs no model and keeps no state. */
+int32_t hobbit_simulate(const struct hobbit_routing *trace, const struct hobbit_simulation *simulation,
+                        struct hobbit_simulated *out, char *err, size_t err_len);
 /* cdef end */
 
 #ifdef __cplusplus

@@ -116,6 +116,7 @@ void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
         hb_model_give_up(m, -1); /* of a pass that was broken off */
     }
     m->pass.group = group;
+    m->pass.last_rows = group + 1 == m->catalog.n_groups ? n_tokens : m->pass.last_rows;
     hb_model_unprotect(m, group);
     hb_cache_begin(m->cache, group, n_tokens);
 }
@@ -148,10 +149,12 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
         return hb_model_start_read(m, key, false) ? HB_FETCH_STARTED : HB_FETCH_WAIT;
     }
     struct hb_load *load = &bank_of(m, key)->loads[claimed];
-    if (load->background && !load->cancelled && load->key.expert == key.expert && load->key.group == key.group) {
+    if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
+        if (!hb_reader_promote(m->reader, &load->job)) {
+            return HB_FETCH_WAIT; /* it was given up, and has not ended yet */
+        }
         load->background = false; /* wait for it after all */
         count_used(m, load);
-        hb_reader_promote(m->reader, &load->job);
         m->in_background--;
         m->in_foreground++;
         return HB_FETCH_STARTED;

@@ -197,20 +197,9 @@ int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *
     return status;
 }
 
-static bool makes_sense(const struct hobbit_policy *p) {
-    const float numbers[] = {p->w_lru, p->w_lfu, p->w_lhu, p->w_fld, p->low_cost};
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        if (!(numbers[i] >= 0 && numbers[i] <= 1e6f)) {
-            return false;
-        }
-    }
-    return p->kind >= HOBBIT_POLICY_LRU && p->kind < HOBBIT_POLICY_FARTHEST &&
-           (p->kind != HOBBIT_POLICY_DECAY || (p->half_life >= 1 && p->half_life <= 1e6f));
-}
-
 int32_t hobbit_model_set_policy(struct hobbit_model *m, const struct hobbit_policy *policy, char *err,
                                 size_t err_len) {
-    if (m->cache == NULL || !makes_sense(policy)) {
+    if (m->cache == NULL || policy->kind == HOBBIT_POLICY_FARTHEST || !hb_policy_makes_sense(policy)) {
         snprintf(err, err_len, "the cache policy has a number that makes no sense");
         return HOBBIT_ARG;
     }
@@ -228,6 +217,10 @@ void hobbit_model_new_sequence(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
         hb_cache_reset(m->cache);
+    }
+    m->n_sequences++;
+    if (m->trace != NULL) {
+        (void) hb_trace_sequence(m->trace, m->n_sequences); /* the next event reports the error */
     }
     hb_model_unlock(m);
 }

@@ -17,6 +17,7 @@
 #include "hobbit.h"
 #include "map_predictor.h"
 #include "reader.h"
+#include "rule.h"
 #include "trace.h"
 
 struct hb_counters {
@@ -24,15 +25,6 @@ struct hb_counters {
     atomic_uint_fast64_t predicted, predicted_right, ahead, ahead_used, ahead_bytes, ahead_wasted_bytes, predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
-};
-
-/* hobbit_rule, with its own copy of the thresholds. */
-struct hb_rule {
-    bool active; /* else everything is high, and there are no thresholds */
-    bool deterministic, renormalise, per_token, reversed;
-    int32_t patience, experts;
-    float substitute;
-    float *t1, *t2; /* one a group */
 };
 
 /* What calibration gathers; see hobbit_model_observe and hobbit_model_collect. NULL where it is not wanted. */
@@ -96,6 +88,8 @@ void hb_model_settle(struct hobbit_model *model);
 void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
 /* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
+/* How many rows the last layer of the model had when it was computed last. */
+int32_t hb_model_last_rows(const struct hobbit_model *model);
 /* The routers, one a group, for the caller to fill in; all zero until then. And the predictors that learn from them: NULL
  * unless they were asked for. */
 struct hb_router *hb_model_routers(struct hobbit_model *model);

@@ -22,7 +22,6 @@ struct hb_load {
     int32_t slot;
     bool background; /* nobody waits for it */
     bool ahead;      /* it was predicted, and has not been used yet */
-    bool cancelled;  /* it will arrive as failed: too late to wait for it */
     /* Of a nested high copy: the low one that it is made from, pinned; `with_low` when it is read by the same job. */
     const struct hb_group *nested;
     bool with_low;
@@ -66,6 +65,7 @@ struct hobbit_model {
     struct hb_gathered gathered;
     struct hb_schedule *schedule; /* recorded or replayed, or NULL */
     struct hb_trace *trace;       /* or NULL */
+    int32_t n_sequences;          /* begun so far */
     bool low_kept;
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;
@@ -86,6 +86,7 @@ struct hobbit_model {
         int32_t group;  /* computed last */
         uint64_t start; /* of its first layer, ns */
         bool single;    /* it is of one token */
+        int32_t last_rows; /* of the last group, when it was computed last */
     } pass;
     pthread_mutex_t lock;       /* see model.h */
     pthread_mutex_t error_lock; /* guards `error` */

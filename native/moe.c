@@ -312,6 +312,7 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
         hb_model_fail(s->model, "an expert layer of this model has more inputs than hobbit can handle");
         return GGML_STATUS_FAILED;
     }
+    uint64_t start = hb_now_ns();
     hb_model_settle(s->model);
     if (!hb_precision_choose(&moe->scores, s, &moe->routing, &moe->replicas.token_scale)) {
         return GGML_STATUS_FAILED;
@@ -320,6 +321,7 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     look_up(&wave);
     fetch(&wave);
     hb_model_give_up(s->model, s->group);
+    atomic_fetch_add(&hb_model_counters(s->model)->manage_ns, hb_now_ns() - start);
     hb_predict(&moe->forecast, s, &moe->routing);
     enum ggml_status status = fits_in_place(&wave) ? compute_in_place(&wave) : compute_in_batches(&wave);
     drain(&wave);

@@ -17,6 +17,17 @@ static int32_t distance(const struct hb_moment *now, int32_t group) {
     return (group - now->group + now->n_groups) % now->n_groups;
 }
 
+bool hb_policy_makes_sense(const struct hobbit_policy *p) {
+    const float numbers[] = {p->w_lru, p->w_lfu, p->w_lhu, p->w_fld, p->low_cost};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (!(numbers[i] >= 0 && numbers[i] <= 1e6f)) {
+            return false;
+        }
+    }
+    return p->kind >= HOBBIT_POLICY_LRU && p->kind <= HOBBIT_POLICY_FARTHEST &&
+           (p->kind != HOBBIT_POLICY_DECAY || (p->half_life >= 1 && p->half_life <= 1e6f));
+}
+
 int32_t hb_policy_classes(const struct hobbit_policy *p, int32_t n_groups) {
     switch (p->kind) {
     case HOBBIT_POLICY_LFRU: return MOST_USES + 1;
@@ -60,7 +71,9 @@ double hb_policy_score(const struct hobbit_policy *p, int32_t class, double key,
     case HOBBIT_POLICY_LCU: return key / t + (class % 2 ? 1 / (distance(now, class / 2) + NEAREST) : 0);
     case HOBBIT_POLICY_HOBBIT:
         return key / t + (double) p->w_fld * (1 - (double) distance(now, class) / now->n_groups);
-    case HOBBIT_POLICY_DECAY: return key + (double) p->w_fld * (1 - (double) distance(now, class) / now->n_groups);
+    case HOBBIT_POLICY_DECAY:
+        return key - (double) now->seen[class] / (double) p->half_life +
+               (double) p->w_fld * (1 - (double) distance(now, class) / now->n_groups);
     default: return key;
     }
 }

@@ -12,7 +12,8 @@
  *   LCU      C/T + 1/(d + 0.1) if the expert was used in the latest pass through its layer, else C/T; C = H + L times
  *            the ratio of the copies' bytes, H and L the uses in high and in low precision (MoE-APEX)
  *   HOBBIT   w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - d/n), R the token of the latest use (HOBBIT, equation 3)
- *   DECAY    log2 of the sum over all uses of 2^(-age/half-life), plus w_fld (1 - d/n)
+ *   DECAY    log2 of the sum over all uses of 2^(-age/half-life), plus w_fld (1 - d/n); age in tokens that the expert's
+ *            own layer has seen since, so that those still to come in a prompt are not older than those just used
  *   FARTHEST when the next use is, which only a simulator knows (Belady); the latest goes first
  */
 #ifndef HB_POLICY_H
@@ -36,8 +37,11 @@ struct hb_usage {
 struct hb_moment {
     uint64_t token; /* T */
     int32_t group, n_groups;
+    const uint64_t *seen; /* one a group: T when it was computed last */
 };
 
+/* Its kind and numbers are such as the functions below take. */
+bool hb_policy_makes_sense(const struct hobbit_policy *policy);
 /* The number of classes that hb_policy_class gives. */
 int32_t hb_policy_classes(const struct hobbit_policy *policy, int32_t n_groups);
 /* `passes` is how often the expert's layer was computed. */

@@ -1,6 +1,7 @@
 #include "precision.h"
 
 #include "model.h"
+#include "needs.h"
 #include "scorer.h"
 #include "shape.h"
 
@@ -29,51 +30,6 @@ static void score_pairs(const struct hb_segment *s, const struct hb_routing *r, 
         if (histogram != NULL) {
             count_scores(histogram + (int64_t) s->group * HOBBIT_SCORE_BINS, of_token, r->n_used);
         }
-    }
-}
-
-/* How many of the token's pairs matter more. */
-static int32_t rank(const float *scores, int32_t n_used, int32_t n) {
-    int32_t before = 0;
-    for (int32_t i = 0; i < n_used; i++) {
-        before += scores[i] < scores[n] || (scores[i] == scores[n] && i < n);
-    }
-    return before;
-}
-
-/* The sum of the token's smaller gate weights, of 1: what is left of it above the next score. */
-static float reversed(const float *scores, int32_t n_used, int32_t n) {
-    float next = 1;
-    for (int32_t i = 0; i < n_used; i++) {
-        next = scores[i] > scores[n] && scores[i] < next ? scores[i] : next;
-    }
-    return 1 - next;
-}
-
-static void apply_rule(const struct hb_rule *rule, const struct hb_segment *s, struct hb_routing *r,
-                       const float *scores, uint8_t *needs) {
-    for (int64_t i = 0; i < r->n_pairs; i++) {
-        int32_t n = (int32_t) (i % r->n_used);
-        bool used = rule->experts == 0 || rank(scores + i - n, r->n_used, n) < rule->experts;
-        float score = rule->reversed ? reversed(scores + i - n, r->n_used, n) : scores[i];
-        needs[i] = used ? (uint8_t) hb_scorer_need(score, rule->t1[s->group], rule->t2[s->group]) : HOBBIT_SKIP;
-    }
-    if (rule->per_token) {
-        hb_routing_divide(r, needs);
-    } else {
-        hb_routing_strongest(r, needs);
-    }
-}
-
-/* Whether scores make no difference. */
-static bool all_alike(const struct hb_rule *rule, int32_t group) {
-    float t1 = rule->t1[group], t2 = rule->t2[group];
-    return rule->experts == 0 && (t1 >= 1 || (t1 < 0 && t2 >= 1));
-}
-
-static void need_all(struct hb_routing *r, int32_t need) {
-    for (int32_t e = 0; e < r->n_experts; e++) {
-        r->experts[e].precision = need;
     }
 }
 
@@ -134,18 +90,18 @@ bool hb_precision_choose(struct hb_block *memory, const struct hb_segment *s, st
     bool seen = s->weights != NULL && r->n_used <= HB_SCORER_EXPERTS;
     struct hb_counters *counters = hb_model_counters(s->model);
     atomic_fetch_add(seen ? &counters->scored : &counters->unscored, (uint64_t) r->n_pairs);
-    if (!seen && rule->active && !all_alike(rule, s->group)) {
+    if (!seen && rule->active && !hb_needs_alike(rule, s->group)) {
         hb_model_fail(s->model, "the gate weights of this model are not where hobbit looks for them: use -Q exact");
         return false;
     }
     if (!seen && rule->active) {
-        need_all(r, hb_scorer_need(0, rule->t1[s->group], rule->t2[s->group]));
+        hb_needs_all(rule, s->group, r);
     }
     if (seen) {
         float *scores = hb_block_take(memory, n_pairs * sizeof *scores);
         score_pairs(s, r, scores);
         if (rule->active) {
-            apply_rule(rule, s, r, scores, hb_block_take(memory, n_pairs));
+            hb_needs_set(rule, s->group, r, scores, hb_block_take(memory, n_pairs));
         }
     }
     if (rule->active) {

@@ -1,12 +1,16 @@
 #include "predict.h"
 
+#include <math.h>
+
 #include "model.h"
 #include "os.h"
 #include "router.h"
 #include "scorer.h"
 
-/* A ubatch of more tokens uses nearly every expert of each layer: there is nothing to predict. */
-#define MOST_TOKENS 8
+/* Predictions are made token by token: for more of them it would take too long. */
+#define MOST_TOKENS 32
+/* Where so many of a layer's experts will be used there is nothing to predict. */
+#define NEARLY_ALL 0.95
 
 /* Work space: [n_expert] each. */
 struct space {
@@ -151,15 +155,25 @@ static void expect_all(const struct hb_segment *s, const struct space *space) {
     (void) hb_model_expect(s->model, group, n_expert, space->experts, space->precisions, space->odds);
 }
 
+/* Tokens choose independently, nearly enough. The last layer computes only those tokens whose logits somebody wants: as
+ * many as last time, it is assumed. */
+static bool uses_all(const struct hb_segment *s, int32_t group, int64_t n_tokens) {
+    const struct hb_catalog *catalog = hb_model_catalog(s->model);
+    int64_t rows = group + 1 == catalog->n_groups ? hb_model_last_rows(s->model) : n_tokens;
+    double share = (double) s->ids->ne[0] / catalog->groups[group].n_expert;
+    return 1 - pow(1 - share, (double) rows) >= NEARLY_ALL;
+}
+
 static void predict(const struct hb_segment *s, const struct hb_routing *routing, struct space *space) {
     struct hb_router found;
     const struct ggml_tensor *input = NULL;
     int32_t depth, kind = hb_model_predictor(s->model, &depth);
-    bool many = routing->n_tokens > MOST_TOKENS;
-    if (many && s->group + 1 < hb_model_catalog(s->model)->n_groups) {
+    bool more = s->group + 1 < hb_model_catalog(s->model)->n_groups;
+    bool all = more && uses_all(s, s->group + 1, routing->n_tokens), few = !all && routing->n_tokens <= MOST_TOKENS;
+    if (all) {
         expect_all(s, space);
     }
-    if (kind != HOBBIT_PREDICT_NONE && !many && hb_router_find(s, &found, &input)) {
+    if (kind != HOBBIT_PREDICT_NONE && few && hb_router_find(s, &found, &input)) {
         hb_model_routers(s->model)[s->group] = found;
     }
     if (kind == HOBBIT_PREDICT_MAP) {

@@ -241,14 +241,16 @@ struct hb_job *hb_reader_next(struct hb_reader *r, bool wait) {
     return job;
 }
 
-void hb_reader_promote(struct hb_reader *r, struct hb_job *job) {
+bool hb_reader_promote(struct hb_reader *r, struct hb_job *job) {
     pthread_mutex_lock(&r->lock);
     if (is_waiting(job) && job->urgency == HB_AHEAD) {
         take_out(&r->waiting[HB_AHEAD], job);
         job->urgency = HB_DEMAND;
         append(&r->waiting[HB_DEMAND], job);
     }
+    bool good = job->error != ECANCELED;
     pthread_mutex_unlock(&r->lock);
+    return good;
 }
 
 /* Caller holds the lock, and the job waits. An error that a block met before gives way: the job's end is of no

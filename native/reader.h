@@ -67,8 +67,9 @@ struct hb_job *hb_reader_next(struct hb_reader *reader, bool wait);
 
 /* The next three are for jobs that were submitted and not yet collected. */
 
-/* A job ahead becomes the last of the demand jobs, with what is left of it; others stay as they are. */
-void hb_reader_promote(struct hb_reader *reader, struct hb_job *job);
+/* A job ahead becomes the last of the demand jobs, with what is left of it; others stay as they are. False when it was
+ * cancelled: then it is not to be waited for, but to be submitted again when it has finished. */
+bool hb_reader_promote(struct hb_reader *reader, struct hb_job *job);
 /* The blocks that no worker has taken yet are dropped; the job finishes, with the error ECANCELED, when those under
  * way have ended: at once if there are none. A job of which all blocks are taken is not affected. */
 void hb_reader_cancel(struct hb_reader *reader, struct hb_job *job);

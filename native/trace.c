@@ -10,7 +10,6 @@
 
 static const char magic[8] = {'H', 'B', 'T', 'R', 'A', 'C', 'E', '1'};
 
-enum kind { END, LAYER, SEQUENCE, PREDICTED, FORGET };
 enum layer_flags { WITH_WEIGHTS = 0x10, WITH_PROBS = 0x20, LISTED = 0x40 }; /* beside the kind */
 
 struct hb_trace {
@@ -137,7 +136,7 @@ bool hb_trace_close(struct hb_trace *t) {
     if (t == NULL) {
         return true;
     }
-    put(t, END);
+    put(t, HOBBIT_EVENT_END);
     put_int(t, t->n_events, 8);
     flush(t);
     int error = t->error;
@@ -179,8 +178,8 @@ static void put_rows(struct hb_trace *t, const struct hb_trace_layer *layer) {
 
 bool hb_trace_layer(struct hb_trace *t, const struct hb_trace_layer *layer) {
     int64_t n_pairs = layer->n_rows * layer->n_used;
-    put(t, (uint8_t) (LAYER | (layer->weights != NULL ? WITH_WEIGHTS : 0) | (layer->probs != NULL ? WITH_PROBS : 0) |
-                      (layer->tokens != NULL ? LISTED : 0)));
+    put(t, (uint8_t) (HOBBIT_EVENT_LAYER | (layer->weights != NULL ? WITH_WEIGHTS : 0) |
+                      (layer->probs != NULL ? WITH_PROBS : 0) | (layer->tokens != NULL ? LISTED : 0)));
     put_varint(t, (uint64_t) layer->group);
     put_varint(t, (uint64_t) layer->n_rows);
     put_varint(t, (uint64_t) layer->n_used);
@@ -196,7 +195,7 @@ bool hb_trace_layer(struct hb_trace *t, const struct hb_trace_layer *layer) {
 }
 
 bool hb_trace_sequence(struct hb_trace *t, int32_t sequence) {
-    put(t, SEQUENCE);
+    put(t, HOBBIT_EVENT_SEQUENCE);
     put_varint(t, (uint64_t) sequence);
     t->sequence = sequence;
     t->next_token = t->ubatch_rows = 0;
@@ -206,7 +205,7 @@ bool hb_trace_sequence(struct hb_trace *t, int32_t sequence) {
 
 bool hb_trace_predicted(struct hb_trace *t, int32_t group, int32_t n, const int32_t *experts,
                         const float *probabilities) {
-    put(t, PREDICTED);
+    put(t, HOBBIT_EVENT_PREDICTED);
     put_varint(t, (uint64_t) group);
     put_varint(t, (uint64_t) n);
     put_experts(t, group, n, experts);
@@ -217,6 +216,6 @@ bool hb_trace_predicted(struct hb_trace *t, int32_t group, int32_t n, const int3
 }
 
 bool hb_trace_forget(struct hb_trace *t) {
-    put(t, FORGET);
+    put(t, HOBBIT_EVENT_FORGET);
     return event_done(t);
 }

@@ -8,7 +8,10 @@ import io
 import json
 import os
 import signal
-from dataclasses import fields
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -19,12 +22,13 @@ from test_cli import hobbit, started, wait_for
 
 from hobbit import bench, cgroup, cli
 from hobbit.bench import Arm, Case, Measured, Setup, measure, run_arm
-from hobbit.bench_disk import read_rate
+from hobbit.bench_arm import COUNTERS
 from hobbit.bench_options import BenchOptions, cap_bytes
 from hobbit.bench_rows import FORMATS, as_markdown, bound_s, rows
 from hobbit.errors import CapUnavailable, HobbitError, ModelError, PlanError, UsageError
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import build_layout
+from hobbit.llama import Llama
 from hobbit.texts import SAMPLE, path_of
 
 QUICK = ("-p", "24", "-n", "6", "-t", "1", "-r", "1", "--no-roofline")
@@ -81,8 +85,7 @@ def test_an_arm_gets_its_own_arguments(model: Path) -> None:
 
 
 def fake_sample(prompt_s: float, decode_s: list[float], **counted: float) -> dict[str, Any]:
-    nothing = dict.fromkeys(("hits", "misses", "disk_bytes", "read_bytes", "moe_s"), 0.0)
-    nothing |= dict.fromkeys(("stall_s", "manage_s", "predict_s", "ahead_wasted_bytes"), 0.0)
+    nothing: dict[str, float] = dict.fromkeys((*COUNTERS, "disk_bytes"), 0.0)
     return {
         "load_s": 1.0,
         "model_type": "fake",
@@ -92,6 +95,7 @@ def fake_sample(prompt_s: float, decode_s: list[float], **counted: float) -> dic
         "decode": {"seconds": decode_s, "tokens": len(decode_s), **nothing, **counted},
         "peak_rss_bytes": 1 << 20,
         "plan": "resident-experts",
+        "predictor": "gate",
     }
 
 
@@ -112,6 +116,56 @@ def test_arms_alternate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found[0].resident) == 3
 
 
+def test_the_resident_arm_runs_again_beside_reads(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    started: list[bool] = []
+
+    @contextmanager
+    def reads(setup: Setup, bytes_per_s: float) -> Iterator[None]:
+        rates.append(bytes_per_s)
+        started.append(True)
+        yield
+        started.pop()
+
+    def run(setup: Setup, case: Case, arm: Arm, index: int) -> dict[str, Any]:
+        seconds = 0.2 if started else 0.1
+        missed = {"read_bytes": 9e6, "ahead_wasted_bytes": 3e6} if arm.name == "exact" else {}
+        return fake_sample(1.0, [seconds] * 6, **missed)
+
+    monkeypatch.setattr(bench, "_reads", reads)
+    monkeypatch.setattr(bench, "run_arm", run)
+    monkeypatch.setattr(bench, "disk_rate", lambda setup: 1e9)
+    arms = (Arm("exact"), Arm("stock", "stock"))
+    s = setup(model, *arms, repetitions=2, roofline=True, interference=True)
+    ((ours, theirs),) = measure(s, lambda text: None)
+    assert rates == [pytest.approx(1e7)] * 2  # 6 MB in 0.6 s
+    assert ([len(one.interfered) for one in (ours, theirs)], started) == ([2, 0], [])
+    assert ours.interfered[0]["decode"]["seconds"] == [0.2] * 6
+
+
+def test_reads_go_on_beside_and_end(model: Path) -> None:
+    before = children()
+    with bench._reads(setup(model), 1e6):
+        (reader,) = children() - before
+        until = time.monotonic() + 20
+        while reads_of(reader) < 1 << 20 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert reads_of(reader) >= 1 << 20
+    assert children() == before
+
+
+def children() -> set[int]:
+    task = Path(f"/proc/{os.getpid()}/task")
+    return {int(n) for file in task.glob("*/children") for n in file.read_text().split()}
+
+
+def reads_of(process: int) -> int:
+    """Return bytes that a process has read, from a disk or a cache."""
+    return int(Path(f"/proc/{process}/io").read_text().split()[1])
+
+
 def test_what_does_not_fit_has_no_roofline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     streamed = fake_sample(1.0, [0.5] * 6) | {"plan": "streamed"}
@@ -128,7 +182,7 @@ def test_limits_page_cache_and_warm_up(model: Path, monkeypatch: pytest.MonkeyPa
     seen: list[tuple[Any, ...]] = []
     dropped: list[Path] = []
 
-    def record(group: cgroup.Group, script: str, job: str) -> CompletedProcess[str]:
+    def record(group: cgroup.Group, code: str, path: str, job: str) -> CompletedProcess[str]:
         fields = json.loads(job)
         seen.append((len(dropped), fields["warm_up"], fields["arguments"]))
         dropped.clear()
@@ -186,8 +240,15 @@ def test_a_read_limit_that_does_not_hold(model: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_disks_rate_is_read(model: Path) -> None:
-    assert read_rate(model, 64 << 10, seconds=0.01) > 0
-    assert read_rate(model, 1 << 30, seconds=0.01) > 0  # no larger than the file
+    s = setup(model)
+    assert s.piece_bytes == [matrix.expert_bytes for matrix in s.layout.groups[0].matrices]
+    assert bench.disk_rate(s) > 1e6
+    shrunk = model.with_name("shrunk.gguf")
+    shrunk.write_bytes(model.read_bytes())
+    s = setup(shrunk)
+    shrunk.write_bytes(b"GGUF")
+    with pytest.raises(HobbitError, match=r"rate is not known: .*too small to measure its disk"):
+        bench.disk_rate(s)
 
 
 # Rows
@@ -202,13 +263,21 @@ def test_roofline_by_hand(model: Path) -> None:
         for d in (0.8, 0.6, 1.0)
     ]
     resident = [fake_sample(0.5, [0.1] * 2) for _ in ours]
-    one = Measured(setup(model), Case(10, 2), Arm("exact"), ours, resident, [1e9, 1e9, 500e6])
+    disk = [1e9, 1e9, 500e6]
+    one = Measured(setup(model), Case(10, 2), Arm("exact"), ours, resident, disk_bytes_s=disk)
     prompt, decode = rows([[one]])
     # 0.4 / 0.15, 0.3 / 0.15 and 0.5 / 0.3.
     assert decode["roofline"] == pytest.approx(2.0)
     assert (decode["bound"], prompt["bound"]) == ("disk", "compute")
     assert prompt["roofline"] == pytest.approx(2.0)
     assert decode["resident_s_per_token"] == pytest.approx(0.1)
+    assert decode["roofline_reading"] is None
+    # Beside reads computing takes 0.2 s a token: 0.4 / 0.2, 0.3 / 0.2 and 0.5 / 0.3.
+    slower = [fake_sample(0.5, [0.2] * 2) for _ in ours]
+    told, read = rows([[replace(one, interfered=slower)]])
+    assert (told["roofline_reading"], read["roofline_reading"]) == (None, pytest.approx(5 / 3))
+    assert (read["roofline"], read["reading_s_per_token"]) == (pytest.approx(2.0), 0.2)
+    assert "| roofline, reading |" in as_markdown([told, read])
     assert decode["hit_rate"] == 0.75
     assert decode["mib_per_token"] == pytest.approx(200e6 / (1 << 20))
     assert (prompt["ttft_s"], decode["ttft_s"]) == (1.0, None)
@@ -222,15 +291,49 @@ def test_roofline_by_hand(model: Path) -> None:
 def test_a_breakdown_adds_up(model: Path) -> None:
     parts = {"moe_s": 0.2, "stall_s": 0.4, "manage_s": 0.1, "predict_s": 0.02}
     runs = [fake_sample(1.0, [s / 2] * 2, **parts) for s in (9.0, 1.0, 2.0)]
-    (_, decode) = rows([[Measured(setup(model), Case(10, 2), Arm("exact"), runs, [], [1e9] * 3)]])
+    (_, decode) = rows(
+        [[Measured(setup(model), Case(10, 2), Arm("exact"), runs, disk_bytes_s=[1e9])]]
+    )
     # Of the run whose time is the median, a token.
     assert decode["breakdown"] == pytest.approx(
         {"total_s": 1.0, "compute_s": 0.1, "stall_s": 0.2, "manage_s": 0.05, "predict_s": 0.01,
          "rest_s": 0.64}
     )  # fmt: skip
-    assert "| exact |  1000.00 |  100.00 | 200.00 | 50.00 |   10.00 | 640.00 |" in as_markdown(
+    assert "| exact |  1000.00 |  100.00 | 200.00 | 50.00 |      10.00 | 640.00 |" in as_markdown(
         [decode], breakdown=True
     )
+
+
+def test_rows_tell_of_cache_and_predictions(model: Path) -> None:
+    counted = {"predicted": 8, "predicted_right": 6, "ahead_bytes": 4 << 20, "evictions": 10}
+    wasted = {"ahead_wasted_bytes": 1 << 20}
+    samples = [fake_sample(1.0, [0.5] * 2, **counted, **wasted) for _ in range(3)]
+    for sample, predictor in zip(samples, ("gate", "none", "gate"), strict=True):
+        sample |= {"plan": "streamed", "predictor": predictor}
+    case, stock = Case(0, 2), Arm("stock", "stock")
+    arm = Arm("exact", arguments={"policy": "lru"})
+    ours = Measured(setup(model), case, arm, samples, disk_bytes_s=[1e9])
+    theirs = [fake_sample(1.0, [0.5] * 2) | {"decode": DISK_ONLY, "prompt": DISK_ONLY}]
+    first, last = rows([[ours, Measured(setup(model), case, stock, theirs, disk_bytes_s=[1e9])]])[
+        -2:
+    ]
+    found = {
+        "policy": "lru", "predict": "auto", "predictor": "gate", "accuracy": 0.75,
+        "ahead_mib_per_token": 2.0, "wasted_mib_per_token": 0.5, "evictions_per_token": 5.0,
+    }  # fmt: skip
+    assert {name: first[name] for name in found} == found
+    assert {last[name] for name in found} == {None}
+    table, parts, cache = as_markdown([first, last], breakdown=True).split("\n\n")
+    assert "| policy |" in table and "| predict |" not in table
+    assert [line.split("|")[3].strip() for line in parts.splitlines()[2:]] == ["lru", "-"]
+    (line,) = cache.splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["tg2", "exact", "lru", "gate", "75.0", "2.00", "0.50", "5.00"]
+    cached = [sample | {"plan": "resident-experts"} for sample in samples]
+    assert rows([[replace(ours, samples=cached)]])[-1]["predictor"] is None
+
+
+DISK_ONLY = {"seconds": [1.0], "tokens": 2, "disk_bytes": 8 << 20}
 
 
 def test_stock_is_told_by_what_its_disk_gave(model: Path) -> None:
@@ -239,7 +342,7 @@ def test_stock_is_told_by_what_its_disk_gave(model: Path) -> None:
         sample[phase] = {"seconds": [1.0], "tokens": 2, "disk_bytes": 8 << 20}
     resident = [fake_sample(0.5, [0.1] * 2)]
     arm = Arm("stock-mmap", "stock-mmap", cap=1 << 30)
-    one = Measured(setup(model), Case(2, 2), arm, [sample], resident, [1e9])
+    one = Measured(setup(model), Case(2, 2), arm, [sample], resident, disk_bytes_s=[1e9])
     row = rows([[one]])[1]
     assert (row["mib_per_token"], row["hit_rate"], row["roofline"]) == (4.0, None, None)
     assert row["breakdown"] == {
@@ -289,9 +392,13 @@ def test_formats(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_is_alone_on_stdout(model: Path) -> None:
     done = hobbit("bench", model, *QUICK, "-ub", "16", "--breakdown", "-d", "8")
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("\n\n")
+    first, second, third = done.stdout.split("\n\n")
     assert "| n_ubatch |" in first and "pp24 @ d8" in first and "tg6 @ d8" in first
     assert second.startswith("| ") and "stall" in second.splitlines()[0]
+    assert third.splitlines()[0].split() == [
+        "|", "test", "|", "mode", "|", "predictor", "|", "right", "%", "|", "ahead", "MiB/t", "|",
+        "wasted", "MiB/t", "|", "evictions/t", "|",
+    ]  # fmt: skip
     assert "run 1/1 exact: prompt " in done.stderr
     assert "olmoe" in done.stderr
 
@@ -302,12 +409,15 @@ def test_the_table_is_alone_on_stdout(model: Path) -> None:
         (["--arm", "quick"], 2, "--arm quick: an arm is exact, high, balanced, fast, stock-mmap"),
         (["--arm", "exact@x"], 2, "'x' is not a size"),
         (["--arm", "fast"], 3, "run hobbit prepare"),
+        (["--interference"], 2, "--interference is a second roofline: without --no-roofline"),
         (["-o", "sql"], 2, "-o sql: must be one of md, csv, json, jsonl"),
         (["-p", "0", "-n", "0"], 2, "-p 0 -n 0 leaves nothing to measure"),
         (["-p", "many"], 2, "-p many: must be numbers"),
         (["-t", "0"], 2, "-t 0: must be numbers from 1"),
         (["-pg", "8"], 2, "-pg 8: must be a prompt and what is decoded"),
         (["-ctk", "q9"], 2, "-ctk q9: must be one of f32"),
+        (["--policy", "mru"], 2, "there is no cache policy 'mru': use one of decay, hobbit"),
+        (["--predictor", "gate:depth=9"], 2, "a predictor has no setting 'depth=9'"),
         (["--memory", "auto"], 2, "--memory auto: a benchmark's cap"),
         (["--memory", "x%model"], 2, "is not a share of the model"),
         (["--read-bps", "1"], 2, "must be 1M a second or more"),
@@ -396,6 +506,24 @@ def test_cases_have_llama_benchs_rows() -> None:
     quantised = BenchOptions(cache_type_v="q8_0").cases()[0].context
     assert (quantised["type_v"], quantised["flash_attn"]) == (8, True)
     assert BenchOptions(n_prompt="0").cases()[0].n_prompt == 0
+
+
+def test_each_policy_with_each_predictor_is_an_arm(model: Path) -> None:
+    options = BenchOptions(
+        arm=("exact,stock",),
+        policy=("lru", "decay", "decay:half_life=128"),
+        predictor=("auto", "gate:odds=0.7,always"),
+    )
+    arms = options.setup(build_layout(open_gguf(model))).arms
+    assert [arm.title for arm in arms] == [
+        "exact, lru", "exact, lru, gate:always", "exact", "exact, gate:always", "stock",
+    ]  # fmt: skip
+    assert [arm.arguments for arm in arms[1:3]] == [{"policy": "lru", "predict": "gate:always"}, {}]
+    assert BenchOptions().engines() == [{}]
+
+
+def test_no_arm_starts_warm() -> None:
+    assert inspect.signature(Llama).parameters["warm_start"].default is False
 
 
 def test_caps() -> None:

@@ -198,6 +198,9 @@ ERRORS: list[tuple[tuple[str, ...], int, str]] = [
     (("run", "no-such.gguf", "x", "-j", "{{"), 2, "it is not JSON: Expecting property name"),
     (("run", "no-such.gguf", "x", "--memory", "banana"), 2, "'banana' is not a size"),
     (("run", "no-such.gguf", "x", "-ngl", "abc"), 2, "-ngl abc"),
+    (("run", "no-such.gguf", "x", "--policy", "mru"), 2, "there is no cache policy 'mru': use"),
+    (("eval", "no-such.gguf", "--predictor", "gate:x"), 2, "a predictor has no setting 'x': use"),
+    (("trace", "no-such.gguf", "-o", "o", "--policy", "lfu:w=1"), 2, "has no setting 'w': use"),
     (("run", "{model}", "x " * 600, "-c", "256"), 2, "raise it with -c"),
     (("run", "{model}", "x", "-cmoe"), 2, "-cmoe: hobbit places experts itself"),
     (("run", "{model}", "x", "-ncmoe", "3"), 2, "-ncmoe: hobbit"),
@@ -365,6 +368,18 @@ def test_help_does_not_import_llama_cpp() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_policy_and_predictor_reach_the_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOBBIT_POLICY", "lfu")
+    flags = ("--predictor", "gate:depth=1,always", "--memory", "200M")
+    done = hobbit("run", model, "x", "-n", "4", *SMALL, *flags, "--json", "-v")
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)["config"]
+    assert (config["policy"], config["predictor"]) == ("lfu", "gate:depth=1,always")
+    assert config["predict"] == 4
+    assert json.loads(done.stdout)["experts"]["predictor"] == "gate"
+    assert "time of a token: " in done.stderr
 
 
 def test_every_option_has_a_flag() -> None:

@@ -14,7 +14,9 @@ from hobbit.options import (
     DEMO_TOKENS,
     KV_TYPES,
     MAX_SEED,
+    EvalOptions,
     Options,
+    TraceOptions,
     grammar,
     model_arguments,
     read_prompt,
@@ -104,6 +106,8 @@ def test_token_limits() -> None:
         {"color": "red"},
         {"cache_type_k": "q3_K"},
         {"cache_type_v": "int8"},
+        {"policy": "mru"},
+        {"predictor": "oracle"},
     ],
 )
 def test_values_that_mean_nothing(wrong: dict[str, Any]) -> None:
@@ -116,9 +120,32 @@ def test_model_arguments() -> None:
     assert got["n_threads"] == got["n_threads_batch"] == physical_cores()
     assert (got["n_ctx"], got["n_batch"], got["n_ubatch"]) == (2048, 2048, 512)
     assert (got["memory"], got["io"], got["n_gpu_layers"]) == ("auto", "auto", 0)
+    assert (got["policy"], got["predict"]) == ("decay", "auto")
     assert "flash_attn" not in got
     assert "type_k" not in got
     assert model_arguments(Options(threads=3, threads_batch=5), 0)["n_threads_batch"] == 5
+
+
+def test_the_engine_is_set_by_every_command() -> None:
+    own = {"policy": "lfu", "predictor": "gate:depth=1"}
+    commands = [
+        Options(**own),
+        EvalOptions(**own).loading(),
+        TraceOptions(output=Path("x"), **own).loading(),
+    ]
+    for options in commands:
+        got = model_arguments(options, 0)
+        assert (got["policy"], got["predict"]) == ("lfu", "gate:depth=1")
+    with pytest.raises(UsageError, match="no cache policy 'x'"):
+        EvalOptions(policy="x").loading()
+    with pytest.raises(UsageError, match="no predictor 'x'"):
+        TraceOptions(output=Path("x"), predictor="x").loading()
+
+
+def test_only_run_starts_warm() -> None:
+    assert Options().warm_start
+    assert not EvalOptions().loading().warm_start
+    assert not TraceOptions(output=Path("x")).loading().warm_start
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -19,8 +19,8 @@ import quality
 import quality_frontier
 import quality_speed
 
-from hobbit.bench_disk import drop_from_page_cache
 from hobbit.cgroup import MemoryGroup
+from hobbit.disk import drop_from_page_cache
 from hobbit.errors import CapUnavailable, UsageError
 from hobbit.evaluate import Row
 from hobbit.gguf_file import open_gguf

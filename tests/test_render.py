@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,36 @@ def test_verbose_lines() -> None:
     assert "710 of 1000" in "".join(lines)
 
 
+PREDICTED = Stats(
+    tokens_generated=100, decode_s=10.0, moe_s=3.7, stall_s=1.2, predict_s=0.05, mode="streamed",
+    predictor="gate", predicted=50, predicted_right=41, ahead_bytes=810 << 20,
+    ahead_wasted_bytes=81 << 20,
+)  # fmt: skip
+
+
+def token_lines(decode: Stats) -> list[str]:
+    lines = render.verbose_lines(Result("", "stop", STATS, decode), 1.5)
+    return lines[lines.index("waited for reads:     10.56 s") + 1 :]
+
+
+def test_verbose_lines_on_a_token() -> None:
+    assert token_lines(PREDICTED) == [
+        "prediction:           gate, 82 % right; 8.1 MiB a token read ahead, 10 % of it in vain",
+        "time of a token:      100 ms: experts 37 ms, waiting 12 ms, predicting 0.5 ms, "
+        "cache 0.0 ms, the rest 50 ms",
+    ]
+    (line, _) = token_lines(replace(PREDICTED, predictor="none", ahead_bytes=0))
+    assert line == "prediction:           none, 82 % right when tried"
+    (line, _) = token_lines(replace(PREDICTED, predictor="none", ahead_bytes=0, predicted=0))
+    assert line == "prediction:           none"
+
+
+def test_nothing_is_said_of_predictions_that_are_not_made() -> None:
+    (line,) = token_lines(replace(PREDICTED, mode="resident-experts"))
+    assert line.startswith("time of a token:")
+    assert token_lines(replace(PREDICTED, tokens_generated=0)) == []
+
+
 def test_report() -> None:
     report = render.run_report(RESULT, a_plan(8 * GIB), EXACT, {"seed": 5}, 1.0)
     data = json.loads(json.dumps(report))
@@ -163,6 +194,7 @@ def test_report() -> None:
     assert data["timings"]["predicted_per_second"] == pytest.approx(127 / 26.4)
     assert data["timings"]["prompt_n"] == 214
     assert data["mode"] == data["plan"]["mode"] == "resident-experts"
+    assert {"predictor", "prediction_accuracy", "bytes_read_ahead"} <= set(data["experts"])
 
 
 class Terminal(io.StringIO):

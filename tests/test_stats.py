@@ -33,6 +33,19 @@ def test_rates() -> None:
     assert RUN.stall_share == 0.25
 
 
+def test_predictions() -> None:
+    run = Stats(
+        tokens_prompt=10, tokens_generated=30, predicted=50, predicted_right=41,
+        ahead_bytes=80 << 20, ahead_wasted_bytes=20 << 20, predictor="gate",
+    )  # fmt: skip
+    assert (run.prediction_accuracy, run.ahead_mib_per_token) == (0.82, 2)
+    assert run.ahead_wasted_share == 0.25
+    # What was read before is given up now.
+    later = run.minus(Stats(ahead_bytes=70 << 20))
+    assert (later.ahead_wasted_share, later.predictor) == (1, "gate")
+    assert Stats().prediction_accuracy == Stats().ahead_wasted_share == 0
+
+
 def test_nothing_happened() -> None:
     empty = Stats()
     assert (empty.hit_rate, empty.mib_per_token, empty.tok_s) == (1, 0, 0)
@@ -50,4 +63,5 @@ def test_to_dict() -> None:
     data = json.loads(json.dumps(RUN.to_dict()))
     assert data["hits"] == 300
     assert data["hit_rate"] == pytest.approx(0.75)
+    assert data["prediction_accuracy"] == 0
     assert data["mode"] == "streamed"

@@ -19,7 +19,6 @@ IMPORTS: dict[str, set[str]] = {
     # Leaves: no word of the others.
     "_log": set(),
     "bench_arm": set(),
-    "bench_disk": set(),
     "cpus": set(),
     "errors": set(),
     "folders": set(),
@@ -64,12 +63,21 @@ IMPORTS: dict[str, set[str]] = {
         "usage",
     },
     "schedule": {"errors"},
-    "streamed": {"_log", "_native", "errors", "layout", "memory", "policy", "prediction", "rule"},
+    "streamed": {
+        "_log", "_native", "errors", "layout", "memory", "policy", "prediction", "rule", "structs",
+    },
+    "structs": {"_native", "policy", "rule"},
     "trace": {"errors"},
     "trace_summary": {"trace"},
     "tracing": {"errors", "forced", "llama", "trace"},
     "generate": {"errors", "llama", "stats"},
     "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
+    # What a cache would have done.
+    "lab": {"errors", "memory", "policy", "rule", "simulate", "sizes", "trace", "tune"},
+    "simulate": {
+        "_native", "errors", "memory", "policy", "rule", "sizes", "structs", "trace",
+    },
+    "tune": {"errors", "policy"},
     # What a rule costs.
     "calibrate": {
         "calibration", "errors", "evaluate", "fingerprint", "forced", "importance", "layout",
@@ -80,12 +88,12 @@ IMPORTS: dict[str, set[str]] = {
     "forced": {"errors", "llama", "rule", "stats"},
     "search": {"calibration", "rule"},
     # What it is compared with, and how fast it is.
-    "bench": {"bench_disk", "cgroup", "errors", "gguf_file", "layout", "memory", "sizes"},
+    "bench": {"cgroup", "disk", "errors", "gguf_file", "layout", "memory", "sizes"},
     "bench_options": {
-        "bench", "bench_rows", "calibration", "errors", "layout", "memory", "options", "quality",
-        "sizes", "texts",
+        "bench", "bench_rows", "calibration", "errors", "layout", "memory", "options", "policy",
+        "prediction", "quality", "sizes", "texts",
     },
-    "bench_rows": {"bench", "cpus", "sizes"},
+    "bench_rows": {"bench", "cpus", "policy", "prediction", "sizes"},
     "cgroup": {"errors"},
     # What a person touches.
     "__init__": {"errors", "llama"},
@@ -94,16 +102,20 @@ IMPORTS: dict[str, set[str]] = {
         "bench", "bench_options", "bench_rows", "calibrate", "calibration", "choices", "demo",
         "errors", "evaluate", "fingerprint", "forced", "generate", "gguf_file", "hub", "importance",
         "layout", "llama", "low_file", "low_writer", "memory", "modes", "nested", "options", "plot",
-        "prepare", "quality", "render", "report", "rule", "sizes", "stock", "texts", "trace",
-        "tracing", "verify",
+        "prepare", "quality", "render", "report", "rule", "simulating", "sizes", "stock", "texts",
+        "trace", "tracing", "verify",
     },
-    "options": {"cpus", "errors", "generate", "gguf_file", "layout", "quality"},
+    "options": {
+        "cpus", "errors", "generate", "gguf_file", "layout", "policy", "prediction", "quality",
+    },
     "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
     "modes": {"calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule"},
     "plot": {"errors"},
     "report": {
-        "calibration", "choices", "evaluate", "plot", "rule", "sizes", "trace", "trace_summary",
+        "calibration", "choices", "evaluate", "lab", "plot", "rule", "sizes", "trace",
+        "trace_summary",
     },
+    "simulating": {"lab", "plot", "render", "report"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
@@ -129,9 +141,11 @@ THIRD_PARTY: dict[str, set[str]] = {
         "evaluate",
         "forced",
         "importance",
+        "lab",
         "llama",
         "low_writer",
         "search",
+        "simulate",
         "stock",
         "streamed",
         "trace",
@@ -194,8 +208,11 @@ INCLUDES: dict[str, set[str]] = {
         "hobbit.h",
         "map_predictor.h",
         "reader.h",
+        "rule.h",
         "trace.h",
     },
+    "rule.c": set(),
+    "rule.h": {"cache.h"},
     "trace.c": set(),
     "trace.h": {"hobbit.h"},
     "traced.c": {"model_impl.h"},
@@ -212,7 +229,9 @@ INCLUDES: dict[str, set[str]] = {
         "tracing.h",
     },
     "moe.h": set(),
-    "precision.c": {"model.h", "scorer.h", "shape.h"},
+    "needs.c": {"scorer.h"},
+    "needs.h": {"routing.h", "rule.h"},
+    "precision.c": {"model.h", "needs.h", "scorer.h", "shape.h"},
     "precision.h": {"block.h", "routing.h", "segment.h"},
     "predict.c": {"model.h", "os.h", "router.h", "scorer.h"},
     "predict.h": {"block.h", "routing.h", "segment.h"},
@@ -232,6 +251,11 @@ INCLUDES: dict[str, set[str]] = {
     "substitute.h": {"block.h", "segment.h"},
     "tracing.c": {"model.h", "router.h", "shape.h"},
     "tracing.h": {"block.h", "segment.h"},
+    # Without a model: routing alone.
+    "simulate.c": set(),
+    "simulate.h": {"cache.h", "hobbit.h", "routing.h", "rule.h"},
+    "simulated_ahead.c": {"scorer.h", "simulate.h"},
+    "simulated_layer.c": {"needs.h", "scorer.h", "simulate.h"},
     # ggml's and llama.cpp's interfaces.
     "backend.c": {"hobbit.h", "model.h", "moe.h", "os.h", "segment.h"},
     "context_memory.cpp": {"hobbit.h"},

@@ -40,8 +40,8 @@ from measuring import (
     spread,
 )
 
-from hobbit.bench_disk import drop_from_page_cache
 from hobbit.cgroup import MemoryGroup
+from hobbit.disk import drop_from_page_cache
 from hobbit.errors import HobbitError
 from hobbit.sizes import format_size, parse_size
 

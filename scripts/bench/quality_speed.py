@@ -44,9 +44,9 @@ from measuring import (
 )
 
 from hobbit import demo
-from hobbit.bench_disk import drop_from_page_cache
 from hobbit.calibration import BUDGETS, Calibration, rule_for
 from hobbit.cgroup import MemoryGroup
+from hobbit.disk import drop_from_page_cache
 from hobbit.errors import ModelError, UsageError
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import Layout, build_layout

@@ -1020,6 +1020,190 @@ static void what_is_waited_for_goes_before_the_background(void) {
     hobbit_model_close(m);
 }
 
+/* --- what is expected of the layers to come --- */
+
+/* Both groups in one pool of so many slots, a quarter of which may be expected. */
+static struct hobbit_model *one_pool_model(int32_t slots) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    const struct hobbit_pool pool = plain(slots, hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH));
+    CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_OK);
+    return m;
+}
+
+/* Without using it. */
+static bool has(struct hobbit_model *m, struct hb_key key) {
+    hb_model_lock(m);
+    bool cached = hb_model_has(m, key);
+    hb_model_unlock(m);
+    return cached;
+}
+
+/* High copies; whether all are cached. */
+static bool expect(struct hobbit_model *m, int32_t group, const int32_t *experts, int32_t n) {
+    const int32_t precisions[EXPERTS] = {HOBBIT_HIGH};
+    const float odds[EXPERTS] = {1, 1, 1, 1, 1, 1};
+    hb_model_lock(m);
+    bool cached = hb_model_expect(m, group, n, experts, precisions, odds);
+    hb_model_unlock(m);
+    return cached;
+}
+
+static void give_up(struct hobbit_model *m, int32_t group) {
+    hb_model_lock(m);
+    hb_model_give_up(m, group);
+    hb_model_unlock(m);
+}
+
+static void begin(struct hobbit_model *m, int32_t group) {
+    hb_model_lock(m);
+    hb_model_begin(m, group, 1);
+    hb_model_unlock(m);
+}
+
+static void what_is_expected_is_protected_until_its_layer_begins(void) {
+    for (int how = 0; how < 3; how++) {
+        struct hobbit_model *m = one_pool_model(8);
+        begin(m, 0);
+        CHECK_EQUAL(use(m, 1, 0, 2), 0); /* the oldest */
+        CHECK_EQUAL(use(m, 0, 0, 6), 0);
+        CHECK(expect(m, 1, (int32_t[]) {0, 1}, 2));
+        CHECK(expect(m, 1, (int32_t[]) {1, 0}, 2)); /* once is enough */
+        CHECK_EQUAL(use(m, 1, 2, 4), 0);
+        CHECK(has(m, high(1, 0)) && has(m, high(1, 1)));
+        CHECK(!has(m, high(0, 0)) && !has(m, high(0, 3)) && has(m, high(0, 4)));
+        if (how == 0) {
+            begin(m, 1);
+        } else {
+            give_up(m, how == 1 ? 1 : -1);
+        }
+        CHECK_EQUAL(use(m, 0, 0, 4), 0); /* as the oldest they go first now */
+        CHECK(!has(m, high(1, 0)) && !has(m, high(1, 1)));
+        CHECK(stats_of(m).ahead == 0);
+        hobbit_model_close(m);
+    }
+}
+
+static void what_is_expected_of_another_layer_stays(void) {
+    struct hobbit_model *m = one_pool_model(8);
+    CHECK_EQUAL(use(m, 0, 0, 1), 0);
+    CHECK_EQUAL(use(m, 1, 0, 1), 0);
+    CHECK(expect(m, 0, (int32_t[]) {0}, 1) && expect(m, 1, (int32_t[]) {0}, 1));
+    give_up(m, 1);
+    CHECK_EQUAL(use(m, 0, 1, 5), 0);
+    CHECK_EQUAL(use(m, 1, 1, 3), 0);
+    CHECK(has(m, high(0, 0)) && !has(m, high(1, 0)));
+    begin(m, 1);
+    CHECK_EQUAL(use(m, 1, 1, 5), 0);
+    CHECK(has(m, high(0, 0)));
+    begin(m, 0); /* another pass: nothing that was expected of the last one holds */
+    CHECK_EQUAL(use(m, 1, 0, 6), 0);
+    CHECK_EQUAL(use(m, 0, 1, 5), 0);
+    CHECK(!has(m, high(0, 0)));
+    hobbit_model_close(m);
+}
+
+static void what_is_missing_is_read_ahead(void) {
+    struct hobbit_model *m = one_pool_model(8);
+    CHECK(!expect(m, 1, (int32_t[]) {3, 5}, 2));
+    settled(m);
+    CHECK(has(m, high(1, 3)) && has(m, high(1, 5)) && stats_of(m).ahead == 2);
+    CHECK(expect(m, 1, (int32_t[]) {3, 5}, 2));
+    give_up(m, 1); /* what has arrived stays */
+    CHECK_EQUAL(use(m, 1, 3, 1), 0);
+    struct hobbit_stats stats = stats_of(m);
+    CHECK(stats.hits == 1 && stats.misses == 0 && stats.ahead_used == 1 && stats.ahead_bytes == 2 * 3001);
+    CHECK_EQUAL(use(m, 0, 0, 6), 0);
+    CHECK_EQUAL(use(m, 1, 0, 2), 0);
+    CHECK(!has(m, high(1, 5))); /* in vain */
+    CHECK_EQUAL(stats_of(m).ahead_wasted_bytes, 3001);
+    hobbit_model_close(m);
+}
+
+static void a_share_of_the_cache_is_expected_at_most(void) {
+    struct hobbit_model *m = one_pool_model(8);
+    CHECK(!expect(m, 1, (int32_t[]) {0, 1, 2, 3}, 4));
+    settled(m);
+    CHECK(stats_of(m).ahead == 2 && !has(m, high(1, 2)));
+    hobbit_model_close(m);
+    m = one_pool_model(3);
+    CHECK(!expect(m, 1, (int32_t[]) {0}, 1));
+    settled(m);
+    CHECK(stats_of(m).ahead == 0 && stats_of(m).n_cached == 0);
+    hobbit_model_close(m);
+}
+
+static void a_read_that_is_given_up_frees_its_slot(void) {
+    struct hobbit_model *m = one_pool_model(8);
+    atomic_store(&faults_gate_open, false);
+    atomic_store(&faults_pread_calls, 0);
+    faults_pread = faults_gated_pread;
+    CHECK(!expect(m, 0, (int32_t[]) {3, 4}, 2));
+    faults_await_preads(2); /* both threads read the first copy, of which nothing is left to drop */
+    give_up(m, 0);
+    atomic_store(&faults_gate_open, true);
+    settled(m);
+    faults_pread = NULL;
+    CHECK(has(m, high(0, 3)) && !has(m, high(0, 4)));
+    CHECK_EQUAL(use(m, 1, 0, 6), 0);
+    CHECK_EQUAL(use(m, 0, 5, 1), 0);
+    struct hobbit_stats stats = stats_of(m);
+    CHECK(stats.n_cached == 8 && stats.evictions == 0);
+    CHECK(stats.ahead == 2 && stats.ahead_used == 0 && stats.ahead_bytes == HIGH_BYTES);
+    CHECK_EQUAL(use(m, 0, 4, 1), 0); /* as if it had not been expected */
+    CHECK_EQUAL(stats_of(m).evictions, 1);
+    hobbit_model_close(m);
+}
+
+static void a_demand_takes_over_a_read_ahead(void) {
+    struct hobbit_model *m = one_pool_model(4);
+    atomic_store(&faults_gate_open, false);
+    atomic_store(&faults_pread_calls, 0);
+    faults_pread = faults_gated_pread;
+    CHECK(!expect(m, 0, (int32_t[]) {3}, 1));
+    faults_await_preads(1);
+    hb_model_lock(m);
+    CHECK_EQUAL(hb_model_look_up(m, high(0, 3), 1), -1);
+    CHECK(fetch(m, high(0, 3)));
+    hb_model_give_up(m, 0); /* too late: it is waited for */
+    atomic_store(&faults_gate_open, true);
+    take_high(m, 3);
+    CHECK_EQUAL(hb_model_arrival(m, true).key.expert, -1);
+    hb_model_unlock(m);
+    faults_pread = NULL;
+    struct hobbit_stats stats = stats_of(m);
+    CHECK(stats.misses == 1 && stats.ahead_used == 1 && stats.read_bytes == HIGH_BYTES);
+    CHECK_EQUAL(stats.ahead_wasted_bytes, 0);
+    hobbit_model_close(m);
+}
+
+/* With as few slots as a layer needs there is always room for it, whatever is expected and being read. */
+static void expectations_never_starve_a_demand(void) {
+    faults_pread = slow;
+    struct hobbit_model *m = one_pool_model(4);
+    for (int32_t i = 0; i < 6; i++) {
+        begin(m, i % 2);
+        CHECK_EQUAL(use(m, i % 2, i, 4), 0);
+        give_up(m, i % 2);
+        (void) expect(m, 1 - i % 2, (int32_t[]) {(i + 4) % EXPERTS, i % EXPERTS}, 2);
+    }
+    faults_pread = NULL;
+    hobbit_model_close(m);
+    m = one_pool_model(5);
+    uint64_t seed = 7;
+    for (int32_t i = 0; i < 300; i++) {
+        const int32_t next[] = {(int32_t) check_random(&seed, EXPERTS), (int32_t) check_random(&seed, EXPERTS)};
+        begin(m, i % 2);
+        CHECK_EQUAL(use(m, i % 2, (int32_t) check_random(&seed, EXPERTS), 5), 0);
+        give_up(m, i % 2);
+        (void) expect(m, 1 - i % 2, next, 2);
+        if (i % 50 == 49) {
+            hobbit_model_forget(m);
+        }
+    }
+    CHECK(stats_of(m).ahead > 0);
+    hobbit_model_close(m);
+}
+
 /* --- predictors --- */
 
 static struct hobbit_prediction prediction_of(int32_t kind) {
@@ -1179,6 +1363,13 @@ int main(void) {
     RUN(computations_go_on_meanwhile);
 
     RUN(what_is_waited_for_goes_before_the_background);
+    RUN(what_is_expected_is_protected_until_its_layer_begins);
+    RUN(what_is_expected_of_another_layer_stays);
+    RUN(what_is_missing_is_read_ahead);
+    RUN(a_share_of_the_cache_is_expected_at_most);
+    RUN(a_read_that_is_given_up_frees_its_slot);
+    RUN(a_demand_takes_over_a_read_ahead);
+    RUN(expectations_never_starve_a_demand);
     RUN(predictions_that_make_no_sense_are_refused);
     RUN(every_failure_to_predict_is_undone);
     RUN(maps_are_kept);

@@ -427,9 +427,9 @@ static void promoted_jobs_go_behind_the_demand(void) {
     submit_begun(&s, "a", HB_DEMAND);
     submit(&s, "bce", HB_AHEAD);
     submit(&s, "d", HB_DEMAND);
-    hb_reader_promote(s.r, job_of(&s, 'c')); /* from the middle */
-    hb_reader_promote(s.r, job_of(&s, 'e')); /* from the end */
-    hb_reader_promote(s.r, job_of(&s, 'd')); /* is demand already: keeps its place */
+    CHECK(hb_reader_promote(s.r, job_of(&s, 'c'))); /* from the middle */
+    CHECK(hb_reader_promote(s.r, job_of(&s, 'e'))); /* from the end */
+    CHECK(hb_reader_promote(s.r, job_of(&s, 'd'))); /* is demand already: keeps its place */
     end_scene(&s, "adceb", "a0a1a2d0d1d2c0c1c2e0b0b1b2");
 }
 
@@ -479,7 +479,7 @@ static void begun_jobs_stop_within_a_block(void) {
         job_of(&s, 'a')->finish = count_finish;
         hb_reader_cancel(s.r, job_of(&s, 'a'));
         hb_reader_cancel(s.r, job_of(&s, 'a')); /* is so already */
-        hb_reader_promote(s.r, job_of(&s, 'a')); /* nothing is left of it */
+        CHECK(!hb_reader_promote(s.r, job_of(&s, 'a'))); /* nothing is left of it */
         CHECK(hb_reader_next(s.r, false) == NULL);
         atomic_store(&faults_gate_open, true);
         expect_finished(&s, "Ab", true);
