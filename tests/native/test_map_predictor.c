@@ -101,7 +101,7 @@ static void odds_are_measured(void) {
         CHECK_EQUAL(predicted, USED);
         (void) hb_map_predictor_count(m, 1, experts, USED, &predicted); /* a layer may be computed in parts */
         CHECK_EQUAL(predicted, 0);
-        CHECK_EQUAL(hb_map_predictor_count(m, 2, experts, USED, &predicted), 0); /* right, but not from the one before */
+        CHECK_EQUAL(hb_map_predictor_count(m, 2, experts, USED, &predicted), 0); /* right, from further */
         CHECK_EQUAL(predicted, 0);
     }
     hb_map_predictor_begin(m, true, &plain, NULL);
