@@ -16,6 +16,16 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(shared or Path.home() / ".cache") / "hobbit"
 
 
+def place(name: str) -> Path | None:
+    """Return where a file of that name is kept, its folder made; None where that cannot be."""
+    try:
+        path = cache_folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home
+        return None
+    return path
+
+
 def recall(name: str) -> dict[str, Any]:
     """Return what was remembered under a name; nothing where that is absent or unreadable."""
     try:
@@ -29,13 +39,14 @@ def remember(name: str, data: dict[str, Any]) -> bool:
     """Write it whole or not at all; False, and no harm done, where the folder is not writable."""
     part: str | None = None
     try:
-        path = cache_folder() / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = place(name)
+        if path is None:
+            return False
         number, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with open(number, "w", encoding="utf-8") as file:
             json.dump(data, file)
         os.replace(part, path)
-    except (OSError, RuntimeError):
+    except OSError:
         if part is not None:
             with contextlib.suppress(OSError):
                 os.unlink(part)

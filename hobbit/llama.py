@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     policy: who is evicted from the expert cache: a name ("decay", "hobbit", "lcu", "lfru", "lfu",
     "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
     predict: who says which experts the next layers will use: "gate", "map", "none", or "auto",
-    which tries; perhaps with settings ("gate:depth=2,always"), or a Prediction.
+    which tries; perhaps with settings ("gate:depth=2,always", "map:maps=512"), or a Prediction.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -413,12 +413,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _warm(self, streamed: StreamedModel) -> None:
         """Start to read what earlier runs used most; all experts where there is room for all."""
         self._fingerprint = fingerprint(self.layout.gguf)
+        if (maps := usage.maps_path(self._fingerprint)) is not None:
+            with suppress(HobbitError):  # none yet, or of another size: they will be replaced
+                streamed.load_maps(str(maps), self._fingerprint)
         uses = usage.load(self._fingerprint, len(streamed.usage()))
         streamed.warm(usage.order(uses, everything=self.plan.mode == "resident-experts"))
 
     def _remember_usage(self) -> None:
-        if self._streamed is not None and self._fingerprint:
-            usage.save(self._fingerprint, self._streamed.usage())
+        if self._streamed is None or not self._fingerprint:
+            return
+        usage.save(self._fingerprint, self._streamed.usage())
+        if (maps := usage.maps_path(self._fingerprint)) is not None:
+            with suppress(HobbitError):  # the disk is full: no harm done
+                self._streamed.save_maps(str(maps), self._fingerprint)
 
     def _load_resident(self, params: Any) -> int:
         params.use_extra_bufts = params.use_extra_bufts and not has_amx()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -242,21 +243,37 @@ class StreamedModel:
             "always": prediction.always,
             "n_embd": n_embd,
             "least_odds": prediction.odds,
+            "map_capacity": prediction.map_capacity,
         }
         return ffi.new("struct hobbit_prediction *", native)
 
     def prediction_bytes(self, prediction: Prediction) -> int:
         """Bytes that predicting so takes."""
-        groups = self.layout.groups
+        experts = [group.n_expert for group in self.layout.groups]
         native = self._native_prediction(prediction)
-        most = max(group.n_expert for group in groups)
-        return int(lib.hobbit_prediction_bytes(native, len(groups), most))
+        return int(lib.hobbit_prediction_bytes(native, len(experts), experts))
 
     def set_prediction(self, prediction: Prediction) -> None:
         """Predict so from now on."""
         native = self._native_prediction(prediction)
         error = error_buffer()
         check(lib.hobbit_model_set_prediction(self._handle, native, error, len(error)), error)
+
+    def load_maps(self, path: str, fingerprint: str) -> None:
+        """Take in the expert maps of an earlier run; raise ReadError or ModelError without any."""
+        error, identity = error_buffer(), bytes.fromhex(fingerprint)
+        status = lib.hobbit_model_load_maps(
+            self._handle, os.fsencode(path), identity, error, len(error)
+        )
+        check(status, error)
+
+    def save_maps(self, path: str, fingerprint: str) -> None:
+        """Keep the expert maps for later runs, if there are new ones; raise ReadError."""
+        error, identity = error_buffer(), bytes.fromhex(fingerprint)
+        status = lib.hobbit_model_save_maps(
+            self._handle, os.fsencode(path), identity, error, len(error)
+        )
+        check(status, error)
 
     def _low_cost(self) -> float:
         """Bytes of low copies over those of high ones."""

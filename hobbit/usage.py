@@ -5,14 +5,16 @@ After a run that looked expert e up c_e times, its use becomes
     u_e <- u_e * 2^(-1 / HALF_LIFE_RUNS) + c_e
 
 so that a run counts half after HALF_LIFE_RUNS others. There is a file for each model, by its
-fingerprint, in the cache folder. Of two processes that end at the same time one may be forgotten.
+fingerprint, in the cache folder, and beside it one with the expert maps that the predictor of that
+name keeps. Of two processes that end at the same time one may be forgotten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from .folders import recall, remember
+from .folders import place, recall, remember
 
 HALF_LIFE_RUNS = 4
 _VERSION = 1
@@ -39,6 +41,11 @@ def save(fingerprint: str, counts: Sequence[int]) -> bool:
     return remember(_name(fingerprint), {"version": _VERSION, "model": fingerprint, "uses": uses})
 
 
+def maps_path(fingerprint: str) -> Path | None:
+    """Return where the expert maps are kept; None where they cannot be."""
+    return place(_name(fingerprint, "maps"))
+
+
 def order(uses: Sequence[float], everything: bool) -> list[int]:
     """Return the numbers of the experts that were used, the most used first, or all of them.
 
@@ -48,5 +55,5 @@ def order(uses: Sequence[float], everything: bool) -> list[int]:
     return found if everything else [expert for expert in found if uses[expert] > 0]
 
 
-def _name(fingerprint: str) -> str:
-    return f"usage/{fingerprint[:32]}.json"
+def _name(fingerprint: str, kind: str = "json") -> str:
+    return f"usage/{fingerprint[:32]}.{kind}"

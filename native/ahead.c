@@ -1,4 +1,6 @@
 /* What is expected of the layers to come: copies that are cached are protected, the others are read ahead. */
+#include <stdlib.h>
+
 #include "model_impl.h"
 
 /* Of a pool's slots at most this share is protected or being read ahead, so that what is needed now finds room. */
@@ -94,44 +96,83 @@ static int32_t kind_of_arm(const struct hobbit_model *m, int32_t arm) {
     return m->prediction.kind == HOBBIT_PREDICT_AUTO ? all[arm] : arm == 0 ? HOBBIT_PREDICT_NONE : m->prediction.kind;
 }
 
-static int32_t most_experts(const struct hobbit_model *m) {
+static bool has_gate(const struct hobbit_prediction *p) {
+    return p->kind == HOBBIT_PREDICT_GATE || p->kind == HOBBIT_PREDICT_AUTO;
+}
+
+static bool has_maps(const struct hobbit_prediction *p) {
+    return p->kind == HOBBIT_PREDICT_MAP || p->kind == HOBBIT_PREDICT_AUTO;
+}
+
+static int32_t most_of(int32_t n_groups, const int32_t *n_experts) {
     int32_t most = 0;
-    for (int32_t g = 0; g < m->catalog.n_groups; g++) {
-        most = m->catalog.groups[g].n_expert > most ? m->catalog.groups[g].n_expert : most;
+    for (int32_t g = 0; g < n_groups; g++) {
+        most = n_experts[g] > most ? n_experts[g] : most;
     }
     return most;
 }
 
-uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *p, int32_t n_groups, int32_t n_expert) {
-    bool gate = p->kind == HOBBIT_PREDICT_GATE || p->kind == HOBBIT_PREDICT_AUTO;
-    return gate ? hb_forecast_bytes(n_groups, p->n_embd, n_expert, p->depth) : 0;
+uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *p, int32_t n_groups, const int32_t *n_experts) {
+    uint64_t bytes = 0;
+    if (has_gate(p)) {
+        bytes += hb_forecast_bytes(n_groups, p->n_embd, most_of(n_groups, n_experts), p->depth);
+    }
+    if (has_maps(p)) {
+        bytes += hb_map_predictor_bytes(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth);
+    }
+    return bytes;
+}
+
+static bool is_sensible(const struct hobbit_prediction *p, int32_t n_groups, const int32_t *n_experts) {
+    return p->kind >= HOBBIT_PREDICT_NONE && p->kind <= HOBBIT_PREDICT_AUTO && p->depth >= 1 &&
+           p->depth <= HB_FORECAST_DEPTH && p->n_embd > 0 && p->least_odds >= 0 &&
+           (!has_maps(p) || hb_map_predictor_bytes(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth) > 0);
+}
+
+/* What the predictors need, in place of what there is. */
+static enum hobbit_status replace(struct hobbit_model *m, const struct hobbit_prediction *p, const int32_t *n_experts) {
+    int32_t n_groups = m->catalog.n_groups;
+    struct hb_forecast *forecast = NULL;
+    struct hb_map_predictor *maps = NULL;
+    if (has_gate(p)) {
+        forecast = hb_forecast_new(n_groups, p->n_embd, most_of(n_groups, n_experts), p->depth);
+    }
+    if (has_maps(p)) {
+        maps = hb_map_predictor_new(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth);
+    }
+    if ((has_gate(p) && forecast == NULL) || (has_maps(p) && maps == NULL)) {
+        hb_forecast_free(forecast);
+        hb_map_predictor_free(maps);
+        return HOBBIT_NOMEM;
+    }
+    hb_model_lock(m);
+    hb_forecast_free(m->forecast);
+    hb_map_predictor_free(m->map_predictor);
+    m->forecast = forecast;
+    m->map_predictor = maps;
+    m->prediction = *p;
+    bool trial = p->kind != HOBBIT_PREDICT_NONE && !p->always;
+    hb_trial_start(&m->trial, !trial ? 1 : p->kind == HOBBIT_PREDICT_AUTO ? HB_TRIAL_ARMS : 2);
+    hb_model_unlock(m);
+    return HOBBIT_OK;
 }
 
 int32_t hobbit_model_set_prediction(struct hobbit_model *m, const struct hobbit_prediction *prediction, char *err,
                                     size_t err_len) {
-    int32_t kind = prediction->kind;
-    bool good = kind >= HOBBIT_PREDICT_NONE && kind <= HOBBIT_PREDICT_AUTO && prediction->depth >= 1 &&
-                prediction->depth <= HB_FORECAST_DEPTH && prediction->n_embd > 0 && prediction->least_odds >= 0;
-    if (!good) {
-        snprintf(err, err_len, "the prediction has a number that makes no sense");
-        return HOBBIT_ARG;
+    int32_t *n_experts = malloc((size_t) m->catalog.n_groups * sizeof *n_experts);
+    enum hobbit_status status = HOBBIT_NOMEM;
+    for (int32_t g = 0; n_experts != NULL && g < m->catalog.n_groups; g++) {
+        n_experts[g] = m->catalog.groups[g].n_expert;
     }
-    struct hb_forecast *forecast = NULL;
-    if (kind == HOBBIT_PREDICT_GATE || kind == HOBBIT_PREDICT_AUTO) {
-        forecast = hb_forecast_new(m->catalog.n_groups, prediction->n_embd, most_experts(m), prediction->depth);
-        if (forecast == NULL) {
-            snprintf(err, err_len, "out of memory");
-            return HOBBIT_NOMEM;
-        }
+    if (n_experts != NULL) {
+        bool good = is_sensible(prediction, m->catalog.n_groups, n_experts);
+        status = good ? replace(m, prediction, n_experts) : HOBBIT_ARG;
     }
-    hb_model_lock(m);
-    hb_forecast_free(m->forecast);
-    m->forecast = forecast;
-    m->prediction = *prediction;
-    bool trial = kind != HOBBIT_PREDICT_NONE && !prediction->always;
-    hb_trial_start(&m->trial, !trial ? 1 : kind == HOBBIT_PREDICT_AUTO ? HB_TRIAL_ARMS : 2);
-    hb_model_unlock(m);
-    return HOBBIT_OK;
+    free(n_experts);
+    snprintf(err, err_len, "%s", status == HOBBIT_OK    ? ""
+                                 : status == HOBBIT_ARG ? "the prediction has a number that makes no sense"
+                                                        : "out of memory");
+    return status;
 }
 
 int32_t hb_model_predictor(const struct hobbit_model *m, int32_t *depth) {
@@ -158,4 +199,8 @@ struct hb_router *hb_model_routers(struct hobbit_model *m) {
 
 struct hb_forecast *hb_model_forecast(struct hobbit_model *m) {
     return m->forecast;
+}
+
+struct hb_map_predictor *hb_model_map_predictor(struct hobbit_model *m) {
+    return m->map_predictor;
 }

@@ -4,19 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MU 0.5f
-/* Odds are counted by the margin in z over the first expert that is not predicted. */
-#define BINS 8
-static const float bounds[BINS - 1] = {0.1f, 0.25f, 0.5f, 0.8f, 1.2f, 1.8f, 2.5f};
-/* What is assumed before anything was counted, as if of so many predictions; and when counts are halved. */
-#define PRIOR_RIGHT 0.6f
-#define PRIOR 8.0f
-#define MOST_COUNTED 1024.0f
+#include "odds.h"
 
-/* Of the predictions over so many layers with such a margin. */
-struct record {
-    float right, all;
-};
+#define MU 0.5f
 
 /* A pair of layers. */
 struct link {
@@ -31,7 +21,7 @@ struct hb_forecast {
     int32_t n_groups, n_embd, n_expert, depth;
     float *x;           /* [n_groups][n_embd] what each router got last */
     struct link *links; /* [n_groups][depth]: of the later layer, and how many layers before */
-    struct record records[HB_FORECAST_DEPTH][BINS];
+    struct hb_odds odds[HB_FORECAST_DEPTH]; /* by how many layers ahead */
     float *choice; /* [n_expert] */
     bool *marked;  /* [n_expert] */
     char *memory;
@@ -70,8 +60,8 @@ struct hb_forecast *hb_forecast_new(int32_t n_groups, int32_t n_embd, int32_t n_
     f->x = (float *) (void *) at;
     f->choice = f->x + inputs;
     f->marked = (bool *) (f->choice + n_expert);
-    for (int32_t i = 0; i < HB_FORECAST_DEPTH * BINS; i++) {
-        f->records[i / BINS][i % BINS] = (struct record) {PRIOR * PRIOR_RIGHT, PRIOR};
+    for (int32_t i = 0; i < HB_FORECAST_DEPTH; i++) {
+        hb_odds_start(&f->odds[i]);
     }
     return f;
 }
@@ -113,14 +103,9 @@ static void largest(float *choice, int32_t n_expert, int32_t n, int32_t *order) 
     }
 }
 
-static struct record *record_of(struct hb_forecast *f, const struct link *link, int32_t ahead, int32_t k,
-                                int32_t n_used) {
-    float margin = link->z[link->order[k]] - link->z[link->order[n_used]];
-    int32_t bin = 0;
-    while (bin < BINS - 1 && margin > bounds[bin]) {
-        bin++;
-    }
-    return &f->records[ahead - 1][bin];
+/* Of the k-th predicted expert. */
+static int32_t bin_of(const struct link *link, int32_t k, int32_t n_used) {
+    return hb_odds_bin(link->z[link->order[k]] - link->z[link->order[n_used]]);
 }
 
 bool hb_forecast_predict(struct hb_forecast *f, const struct hb_router *routers, int32_t from, int32_t ahead,
@@ -140,22 +125,12 @@ bool hb_forecast_predict(struct hb_forecast *f, const struct hb_router *routers,
     hb_router_probs(far, link->z, p, f->choice);
     largest(f->choice, far->n_expert, far->n_used + 1, link->order);
     for (int32_t k = 0; k < far->n_used; k++) {
-        const struct record *record = record_of(f, link, ahead, k, far->n_used);
         experts[k] = link->order[k];
-        odds[k] = record->right / record->all;
+        odds[k] = hb_odds(&f->odds[ahead - 1], bin_of(link, k, far->n_used));
     }
     memcpy(f->x + (size_t) from * (size_t) f->n_embd, x, (size_t) f->n_embd * sizeof *x);
     link->pending = learns;
     return true;
-}
-
-static void count(struct record *record, bool right) {
-    record->right += right;
-    record->all += 1;
-    if (record->all > MOST_COUNTED) {
-        record->right /= 2;
-        record->all /= 2;
-    }
 }
 
 /* W_e += MU (z_e - W_e x) x / |x|^2 */
@@ -180,7 +155,7 @@ static int32_t learn(struct hb_forecast *f, const struct hb_router *router, stru
     }
     for (int32_t k = 0; k < router->n_used; k++) {
         bool chosen = f->marked[link->order[k]];
-        count(record_of(f, link, ahead, k, router->n_used), chosen);
+        hb_odds_count(&f->odds[ahead - 1], bin_of(link, k, router->n_used), chosen);
         right += chosen;
     }
     for (int32_t k = 0; k <= router->n_used; k++) {

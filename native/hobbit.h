@@ -192,7 +192,7 @@ struct hobbit_simulated {
 enum hobbit_predict {
     HOBBIT_PREDICT_NONE = 0,
     HOBBIT_PREDICT_GATE = 1, /* the next layers' routers on this layer's input: see native/forecast.h */
-    HOBBIT_PREDICT_MAP  = 2, /* what earlier tokens with a similar routing used (fMoE) */
+    HOBBIT_PREDICT_MAP  = 2, /* what earlier tokens with a similar routing used (fMoE): see native/map_predictor.h */
     HOBBIT_PREDICT_AUTO = 3, /* whichever is fastest */
 };
 
@@ -202,6 +202,7 @@ struct hobbit_prediction {
     int32_t always; /* else it is left out for tokens for which that was found to be faster */
     int32_t n_embd; /* what routers get of a token */
     float least_odds; /* what is predicted with smaller ones is not read ahead */
+    int32_t map_capacity; /* MAP and AUTO: how many tokens' maps are kept */
 };
 
 struct hobbit_stats {
@@ -270,11 +271,19 @@ int32_t hobbit_model_keep_low(struct hobbit_model *model, char *err, size_t err_
 /* Evict by this policy from now on; a model starts with LRU. HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_set_policy(struct hobbit_model *model, const struct hobbit_policy *policy, char *err,
                                 size_t err_len);
-/* The bytes that predicting so takes, for experts in so many groups. */
-uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *prediction, int32_t n_groups, int32_t n_expert);
+/* The bytes that predicting so takes, for groups with so many experts. */
+uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *prediction, int32_t n_groups,
+                                 const int32_t *n_experts);
 /* HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_set_prediction(struct hobbit_model *model, const struct hobbit_prediction *prediction, char *err,
                                     size_t err_len);
+/* Keep the expert maps in a file, whole or not at all, and take them from it again; `identity` has the 32 bytes that
+ * tell this model. Without maps, or with no new ones, nothing is written. HOBBIT_IO: errno says why in words;
+ * HOBBIT_FORMAT: the file is of another model, shape or capacity, or damaged: the model goes on without any. */
+int32_t hobbit_model_save_maps(struct hobbit_model *model, const char *path, const uint8_t *identity, char *err,
+                               size_t err_len);
+int32_t hobbit_model_load_maps(struct hobbit_model *model, const char *path, const uint8_t *identity, char *err,
+                               size_t err_len);
 /* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. */
 void hobbit_model_new_sequence(struct hobbit_model *model);
 /* Drop every cached copy that is not kept, and read no more in advance. */

@@ -271,6 +271,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->used);
     free(m->routers);
     hb_forecast_free(m->forecast);
+    hb_map_predictor_free(m->map_predictor);
     free(m->warm);
     hb_catalog_close(&m->catalog);
     pthread_mutex_destroy(&m->error_lock);

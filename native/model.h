@@ -15,13 +15,15 @@
 #include "catalog.h"
 #include "forecast.h"
 #include "hobbit.h"
+#include "map_predictor.h"
 #include "reader.h"
 #include "rule.h"
 #include "trace.h"
 
 struct hb_counters {
     atomic_uint_fast64_t hits, misses, evictions, cached, stall_ns, compute_ns, splits, dense_bytes;
-    atomic_uint_fast64_t predicted, predicted_right, ahead, ahead_used, ahead_bytes, ahead_wasted_bytes, predict_ns, manage_ns;
+    atomic_uint_fast64_t predicted, predicted_right, ahead, ahead_used, ahead_bytes, ahead_wasted_bytes;
+    atomic_uint_fast64_t predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
 };
@@ -89,10 +91,11 @@ void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens)
 int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
 /* How many rows the last layer of the model had when it was computed last. */
 int32_t hb_model_last_rows(const struct hobbit_model *model);
-/* The routers, one a group, for the caller to fill in; all zero until then. And the predictor that learns from them: NULL
- * unless it was asked for. */
+/* The routers, one a group, for the caller to fill in; all zero until then. And the predictors that learn from them:
+ * NULL unless they were asked for. */
 struct hb_router *hb_model_routers(struct hobbit_model *model);
 struct hb_forecast *hb_model_forecast(struct hobbit_model *model);
+struct hb_map_predictor *hb_model_map_predictor(struct hobbit_model *model);
 /* The predictor in force, HOBBIT_PREDICT_NONE or one that can be asked; and how many layers ahead it may look. */
 int32_t hb_model_predictor(const struct hobbit_model *model, int32_t *depth);
 /* What hb_model_choose would say now, without any consequence. */

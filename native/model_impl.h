@@ -79,6 +79,7 @@ struct hobbit_model {
     int32_t n_expected;
     struct hb_router *routers; /* one a group */
     struct hb_forecast *forecast; /* NULL: not wanted */
+    struct hb_map_predictor *map_predictor; /* NULL: not wanted */
     struct hobbit_prediction prediction;
     struct hb_trial trial; /* of predictors */
     struct {

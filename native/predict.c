@@ -47,17 +47,27 @@ static void set_precisions(struct hobbit_model *model, int32_t group, const stru
     }
 }
 
-static void learn(const struct hb_segment *s, const struct hb_routing *routing, const float *x, struct space *space) {
-    int32_t predicted, n = 0;
+/* The experts that the layer chose: their number. */
+static int32_t chosen(const struct hb_routing *routing, int32_t *experts) {
+    int32_t n = 0;
     for (int32_t e = 0; e < routing->n_experts; e++) {
-        if (n == 0 || space->experts[n - 1] != routing->experts[e].expert) {
-            space->experts[n++] = routing->experts[e].expert;
+        if (n == 0 || experts[n - 1] != routing->experts[e].expert) {
+            experts[n++] = routing->experts[e].expert;
         }
     }
+    return n;
+}
+
+static void count(struct hobbit_model *model, int32_t predicted, int32_t right) {
+    atomic_fetch_add(&hb_model_counters(model)->predicted, (uint64_t) predicted);
+    atomic_fetch_add(&hb_model_counters(model)->predicted_right, (uint64_t) right);
+}
+
+static void learn(const struct hb_segment *s, const struct hb_routing *routing, const float *x, struct space *space) {
+    int32_t predicted, n = chosen(routing, space->experts);
     int32_t right = hb_forecast_learn(hb_model_forecast(s->model), hb_model_routers(s->model), s->group, x,
                                       space->experts, n, &predicted);
-    atomic_fetch_add(&hb_model_counters(s->model)->predicted, (uint64_t) predicted);
-    atomic_fetch_add(&hb_model_counters(s->model)->predicted_right, (uint64_t) right);
+    count(s->model, predicted, right);
 }
 
 /* Deeper while everything is cached (HOBBIT: adaptive depth). */
@@ -77,6 +87,58 @@ static void predict_by_gate(const struct hb_segment *s, const struct ggml_tensor
             set_precisions(s->model, group, space, n_used);
             more = hb_model_expect(s->model, group, n_used, space->experts, space->precisions, space->odds) && more;
         }
+    }
+}
+
+/* Whether this group or one after it has not room for all its experts. */
+static bool any_streams(const struct hobbit_model *model, int32_t group) {
+    for (; group < hb_model_catalog(model)->n_groups; group++) {
+        if (hb_model_home(model, group) < 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* As deep as the gate. */
+static void expect_by_map(const struct hb_segment *s, int32_t depth, const struct space *space) {
+    struct hb_map_predictor *maps = hb_model_map_predictor(s->model);
+    int32_t left = hb_model_catalog(s->model)->n_groups - 1 - s->group;
+    bool more = true;
+    for (int32_t ahead = 1; more && ahead <= left && ahead <= depth; ahead++) {
+        int32_t group = s->group + ahead;
+        int32_t n = hb_map_predictor_predict(maps, group, ahead, &hb_model_routers(s->model)[group], space->experts,
+                                             space->odds, space->p);
+        if (n == 0) {
+            continue; /* that layer is not known */
+        }
+        set_precisions(s->model, group, space, n);
+        more = hb_model_expect(s->model, group, n, space->experts, space->precisions, space->odds);
+    }
+}
+
+/* `input` is NULL where the layer's router is not known. Maps are of single tokens: a pass of several is left out. */
+static void predict_by_map(const struct hb_segment *s, const struct hb_routing *routing,
+                           const struct ggml_tensor *input, int32_t depth, struct space *space) {
+    struct hb_map_predictor *maps = hb_model_map_predictor(s->model);
+    const struct hb_router *router = &hb_model_routers(s->model)[s->group];
+    const float *x = input != NULL ? hb_router_row(input, 0) : NULL;
+    int32_t predicted;
+    if (s->group == 0) {
+        hb_map_predictor_begin(maps, routing->n_tokens == 1, router, x);
+    }
+    if (routing->n_tokens > 1) {
+        return;
+    }
+    int32_t n = chosen(routing, space->experts);
+    int32_t right = hb_map_predictor_count(maps, s->group, space->experts, n, &predicted);
+    count(s->model, predicted, right);
+    if (x != NULL) {
+        hb_map_predictor_observe(maps, s->group, router, x);
+    }
+    expect_by_map(s, depth, space);
+    if (!any_streams(s->model, s->group + 1)) {
+        hb_map_predictor_end(maps);
     }
 }
 
@@ -104,27 +166,31 @@ static bool uses_all(const struct hb_segment *s, int32_t group, int64_t n_tokens
 
 static void predict(const struct hb_segment *s, const struct hb_routing *routing, struct space *space) {
     struct hb_router found;
-    const struct ggml_tensor *input;
-    int32_t depth, n_groups = hb_model_catalog(s->model)->n_groups;
-    if (s->group + 1 < n_groups && uses_all(s, s->group + 1, routing->n_tokens)) {
+    const struct ggml_tensor *input = NULL;
+    int32_t depth, kind = hb_model_predictor(s->model, &depth);
+    bool more = s->group + 1 < hb_model_catalog(s->model)->n_groups;
+    bool all = more && uses_all(s, s->group + 1, routing->n_tokens), few = !all && routing->n_tokens <= MOST_TOKENS;
+    if (all) {
         expect_all(s, space);
-        return;
     }
-    if (routing->n_tokens > MOST_TOKENS || hb_model_predictor(s->model, &depth) != HOBBIT_PREDICT_GATE || !hb_router_find(s, &found, &input)) {
-        return;
+    if (kind != HOBBIT_PREDICT_NONE && few && hb_router_find(s, &found, &input)) {
+        hb_model_routers(s->model)[s->group] = found;
     }
-    hb_model_routers(s->model)[s->group] = found;
-    if (routing->n_tokens == 1) {
-        learn(s, routing, hb_router_row(input, 0), space);
+    if (kind == HOBBIT_PREDICT_MAP) {
+        predict_by_map(s, routing, input, depth, space);
+    } else if (kind == HOBBIT_PREDICT_GATE && input != NULL) {
+        if (routing->n_tokens == 1) {
+            learn(s, routing, hb_router_row(input, 0), space);
+        }
+        predict_by_gate(s, input, depth, space);
     }
-    predict_by_gate(s, input, depth, space);
 }
 
 void hb_predict(struct hb_block *memory, const struct hb_segment *s, const struct hb_routing *routing) {
     const struct hb_catalog *catalog = hb_model_catalog(s->model);
     int32_t most_experts = 0;
-    if (hb_model_home(s->model, s->group) >= 0 || hb_model_has_schedule(s->model)) {
-        return; /* there is room for everything; or it is not the routing that decides */
+    if (!any_streams(s->model, s->group) || hb_model_has_schedule(s->model)) {
+        return; /* there is room for all that follows; or it is not the routing that decides */
     }
     for (int32_t g = 0; g < catalog->n_groups; g++) {
         most_experts = catalog->groups[g].n_expert > most_experts ? catalog->groups[g].n_expert : most_experts;

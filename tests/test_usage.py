@@ -35,7 +35,8 @@ def path(bench: Bench) -> Path:
 
 
 def kept(folder: Path) -> list[Path]:
-    return sorted(folder.glob("usage/*"))
+    """Return the files, but for expert maps: those are tested with the predictors."""
+    return sorted(path for path in folder.glob("usage/*") if path.suffix != ".maps")
 
 
 def settled(llama: hobbit.Llama) -> Any:

@@ -152,6 +152,8 @@ struct room {
     int32_t high, low;
 };
 
+static bool first_at_home; /* besides, there is room for all high copies of the first layer */
+
 static inline int32_t at_most(uint64_t n, int32_t limit) {
     return n < (uint64_t) limit ? (int32_t) n : limit;
 }
@@ -168,8 +170,10 @@ static inline void allocate(struct hobbit_model *m, struct room room) {
     pool.bytes = (uint64_t) room.high * high + (uint64_t) room.low * low;
     pool.n_slots[HOBBIT_HIGH] = at_most(pool.bytes / high, LAYERS * EXPERTS);
     pool.n_slots[HOBBIT_LOW] = low > 0 ? at_most(pool.bytes / low, LAYERS * EXPERTS) : 0;
+    struct hobbit_pool pools[] = {pool, {.bytes = EXPERTS * high, .slot_bytes = {high}, .n_slots = {EXPERTS}}};
+    int32_t n_pools = first_at_home ? 2 : 1, pool_of_group[LAYERS] = {n_pools - 1};
     char err[256];
-    CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[LAYERS]) {0}, err, sizeof err), HOBBIT_OK);
+    CHECK_EQUAL(hobbit_model_allocate(m, pools, n_pools, pool_of_group, err, sizeof err), HOBBIT_OK);
 }
 
 static inline struct hobbit_model *open_model(int32_t io, struct room room, bool with_low, const int32_t *cancelled) {

@@ -1204,6 +1204,122 @@ static void expectations_never_starve_a_demand(void) {
     hobbit_model_close(m);
 }
 
+/* --- predictors --- */
+
+static struct hobbit_prediction prediction_of(int32_t kind) {
+    return (struct hobbit_prediction) {.kind = kind, .depth = 2, .n_embd = 8, .least_odds = 0.5f, .map_capacity = 4};
+}
+
+static int32_t set_prediction(struct hobbit_model *m, struct hobbit_prediction prediction) {
+    return hobbit_model_set_prediction(m, &prediction, err, sizeof err);
+}
+
+static void predictions_that_make_no_sense_are_refused(void) {
+    static const int32_t n_experts[] = {EXPERTS, EXPERTS};
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    uint64_t bytes[HOBBIT_PREDICT_AUTO + 1];
+    for (int32_t kind = HOBBIT_PREDICT_NONE; kind <= HOBBIT_PREDICT_AUTO; kind++) {
+        struct hobbit_prediction p = prediction_of(kind);
+        CHECK_EQUAL(set_prediction(m, p), HOBBIT_OK);
+        CHECK_EQUAL(hb_model_forecast(m) != NULL, kind == HOBBIT_PREDICT_GATE || kind == HOBBIT_PREDICT_AUTO);
+        CHECK_EQUAL(hb_model_map_predictor(m) != NULL, kind == HOBBIT_PREDICT_MAP || kind == HOBBIT_PREDICT_AUTO);
+        bytes[kind] = hobbit_prediction_bytes(&p, 2, n_experts);
+    }
+    CHECK_EQUAL(bytes[HOBBIT_PREDICT_NONE], 0);
+    CHECK_EQUAL(bytes[HOBBIT_PREDICT_AUTO], bytes[HOBBIT_PREDICT_GATE] + bytes[HOBBIT_PREDICT_MAP]);
+    CHECK_EQUAL(bytes[HOBBIT_PREDICT_MAP], hb_map_predictor_bytes(2, n_experts, 8, 4, 2));
+    for (int bad = 0; bad < 7; bad++) {
+        struct hobbit_prediction p = prediction_of(HOBBIT_PREDICT_MAP);
+        p.kind = bad == 0 ? -1 : bad == 1 ? HOBBIT_PREDICT_AUTO + 1 : p.kind;
+        p.depth = bad == 2 ? 0 : bad == 3 ? HB_FORECAST_DEPTH + 1 : p.depth;
+        p.n_embd = bad == 4 ? 0 : p.n_embd;
+        p.least_odds = bad == 5 ? NAN : p.least_odds;
+        p.map_capacity = bad == 6 ? 0 : p.map_capacity;
+        CHECK_EQUAL(set_prediction(m, p), HOBBIT_ARG);
+        CHECK_TEXT(err, "makes no sense");
+        CHECK(hb_model_forecast(m) != NULL && hb_model_map_predictor(m) != NULL); /* as it was */
+    }
+    hobbit_model_close(m);
+}
+
+static void every_failure_to_predict_is_undone(void) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    usleep(1000); /* its threads have their buffers */
+    int n = 0;
+    for (int32_t status = HOBBIT_NOMEM; status == HOBBIT_NOMEM; n++) {
+        atomic_store(&faults_allocation, n + 1);
+        status = set_prediction(m, prediction_of(HOBBIT_PREDICT_AUTO));
+        atomic_store(&faults_allocation, 0);
+        CHECK(status == HOBBIT_NOMEM ? hb_model_map_predictor(m) == NULL : status == HOBBIT_OK);
+    }
+    CHECK(n > 6);
+    hobbit_model_close(m);
+}
+
+/* A token for which the first expert is the likeliest. */
+static void add_map(struct hobbit_model *m) {
+    static const float matrix[EXPERTS] = {1};
+    struct hb_router router = {.matrix = matrix, .n_embd = 1, .n_expert = EXPERTS, .n_used = 1};
+    hb_map_predictor_begin(hb_model_map_predictor(m), true, &router, NULL);
+    hb_map_predictor_observe(hb_model_map_predictor(m), 0, &router, (float[]) {2});
+    hb_map_predictor_end(hb_model_map_predictor(m));
+}
+
+static struct hobbit_model *mapped_model(int32_t capacity) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    struct hobbit_prediction p = prediction_of(HOBBIT_PREDICT_MAP);
+    p.map_capacity = capacity;
+    CHECK_EQUAL(set_prediction(m, p), HOBBIT_OK);
+    return m;
+}
+
+static const uint8_t identity[HB_MAPS_IDENTITY] = {7}, other_identity[HB_MAPS_IDENTITY] = {8};
+
+static int32_t load_maps(struct hobbit_model *m, const char *path, const uint8_t *whose, int32_t expected) {
+    err[0] = '\0';
+    CHECK_EQUAL(hobbit_model_load_maps(m, path, whose, err, sizeof err), expected);
+    CHECK(expected == HOBBIT_OK || strstr(err, path) != NULL);
+    return hb_maps_count(hb_map_predictor_maps(hb_model_map_predictor(m)));
+}
+
+static void maps_are_kept(void) {
+    const char *path = file_make(1);
+    struct hobbit_model *m = mapped_model(4);
+    CHECK_EQUAL(load_maps(m, path, identity, HOBBIT_FORMAT), 0);
+    CHECK_EQUAL(unlink(path), 0);
+    CHECK_EQUAL(load_maps(m, path, identity, HOBBIT_IO), 0);
+    CHECK_EQUAL(hobbit_model_save_maps(m, path, identity, err, sizeof err), HOBBIT_OK);
+    CHECK(access(path, F_OK) != 0); /* there was nothing to keep */
+    add_map(m);
+    add_map(m);
+    CHECK_EQUAL(hobbit_model_save_maps(m, path, identity, err, sizeof err), HOBBIT_OK);
+    hobbit_model_close(m);
+    m = mapped_model(4);
+    CHECK_EQUAL(load_maps(m, path, identity, HOBBIT_OK), 2);
+    CHECK_EQUAL(unlink(path), 0);
+    CHECK_EQUAL(hobbit_model_save_maps(m, path, identity, err, sizeof err), HOBBIT_OK);
+    CHECK(access(path, F_OK) != 0); /* nothing new */
+    add_map(m);
+    CHECK_EQUAL(hobbit_model_save_maps(m, path, identity, err, sizeof err), HOBBIT_OK);
+    CHECK_EQUAL(load_maps(m, path, other_identity, HOBBIT_FORMAT), 0);
+    CHECK_EQUAL(load_maps(m, path, identity, HOBBIT_OK), 3);
+    hobbit_model_close(m);
+    m = mapped_model(5);
+    CHECK_EQUAL(load_maps(m, path, identity, HOBBIT_FORMAT), 0);
+    add_map(m);
+    CHECK_EQUAL(hobbit_model_save_maps(m, "no/such/folder", identity, err, sizeof err), HOBBIT_IO);
+    CHECK_TEXT(err, "no/such/folder: No such file");
+    hobbit_model_close(m);
+}
+
+static void without_a_predictor_there_are_no_maps_to_keep(void) {
+    struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
+    CHECK_EQUAL(hobbit_model_load_maps(m, "none", identity, err, sizeof err), HOBBIT_OK);
+    CHECK_EQUAL(hobbit_model_save_maps(m, "none", identity, err, sizeof err), HOBBIT_OK);
+    CHECK(access("none", F_OK) != 0);
+    hobbit_model_close(m);
+}
+
 int main(void) {
     for (int i = 0; i < 2; i++) {
         files[i] = (struct hobbit_file) {file_make(FILE_SIZE), FILE_SIZE};
@@ -1254,5 +1370,9 @@ int main(void) {
     RUN(a_read_that_is_given_up_frees_its_slot);
     RUN(a_demand_takes_over_a_read_ahead);
     RUN(expectations_never_starve_a_demand);
+    RUN(predictions_that_make_no_sense_are_refused);
+    RUN(every_failure_to_predict_is_undone);
+    RUN(maps_are_kept);
+    RUN(without_a_predictor_there_are_no_maps_to_keep);
     return 0;
 }
