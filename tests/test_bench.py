@@ -511,7 +511,7 @@ def test_cases_have_llama_benchs_rows() -> None:
 def test_each_policy_with_each_predictor_is_an_arm(model: Path) -> None:
     options = BenchOptions(
         arm=("exact,stock",),
-        policy=("lru", "decay", "decay:half_life=128"),
+        policy=("lru", "decay", "decay:half_life=48"),
         predictor=("auto", "gate:odds=0.7,always"),
     )
     arms = options.setup(build_layout(open_gguf(model))).arms

@@ -33,7 +33,7 @@ from hobbit.trace_summary import summary
 SMALL = replace(JOB, n_prompt=24, n_decode=8, n_ubatch=16)
 # Softmax routers, of which some are scaled or normed; sigmoids; a softmax of the chosen only.
 ARCHS = ["qwen3moe", "olmoe", "qwen2moe", "granitemoe", "llama", "deepseek2", "glm4moe", "gpt-oss"]
-NO_SOFTMAX = {"deepseek2", "glm4moe", "gpt-oss"}
+NO_SOFTMAX = {"deepseek2", "glm4moe"}
 
 
 def traced(
