@@ -4,9 +4,9 @@ llama_decode divides a batch into ubatches. A context whose sequences share one 
 or a single sequence) takes consecutive rows. Others, and all recurrent and hybrid models, take
 equally many rows of each sequence, one sequence after the other; without kv_unified only of
 sequences with consecutive ids. The last layer computes the rows with outputs alone, in that order.
-So it is in llama-batch.cpp and the init_batch of each kind of memory (llama.cpp of
-llama-cpp-python 0.3.36); not known is the order of contexts for embeddings, of recurrent states
-that can roll back (n_rs_seq), and of DeepSeek V4's memory.
+So it is in llama-batch.cpp and the init_batch of each kind of memory (llama.cpp of llama-cpp-python
+0.3.36). Not known is the order in contexts for embeddings, with recurrent states that can roll back
+(n_rs_seq), and where memory is so short that llama.cpp takes the other way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 from .errors import UsageError
 
 MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
+
+# A part of their memory is apart for each sequence, whatever kv_unified says.
+NEVER_UNIFIED = {"deepseek4"}
 
 
 @dataclass(frozen=True)

@@ -372,6 +372,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             return nullcontext()
         n_ubatch, unified = upstream_api.llama_n_ubatch(context), _is_unified(context)
         model = self._model.model
+        unified = unified and self.layout.gguf.arch not in batches.NEVER_UNIFIED
         recurrent = upstream_api.llama_model_is_recurrent(model)
         if unified and not recurrent and not upstream_api.llama_model_is_hybrid(model):
             return self._streamed.decoding(rows, batches.consecutive(len(rows), n_ubatch))
