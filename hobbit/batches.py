@@ -17,8 +17,6 @@ from typing import Any
 
 from .errors import UsageError
 
-MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
-
 # A part of their memory is apart for each sequence, whatever kv_unified says.
 NEVER_UNIFIED = {"deepseek4"}
 

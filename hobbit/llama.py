@@ -322,10 +322,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def decode(self, batch: Any, context: Any = None) -> None:
         """Call llama_decode on a llama_batch, whose tokens may be of several sequences.
 
-        They share the reads: an expert that several use in one layer is read once. What the cache's
-        policy knows of their uses stays separate, by seq_id. A sequence begins with position 0.
-        `context` is a llama_context of this model, by default its own; the KV cache and the logits
-        are the caller's matter. Raises ReadError, Cancelled, and UsageError for a batch that
+        They share the reads: an expert that several use in one layer is read once. For that
+        llama.cpp has to compute them together, which it does where kv_unified is set, or where the
+        batch has them in the order of their ids without a gap. What the cache's policy knows of
+        their uses stays separate, by seq_id: a sequence begins when none of its tokens are in the
+        KV cache. `context` is a llama_context of this model, by default its own; its KV cache and
+        its logits are the caller's matter. Raises ReadError, Cancelled, and UsageError for a batch that
         llama.cpp cannot take; HobbitError where the context has no room left.
         """
         if self._ctx.ctx is None:
@@ -333,9 +335,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         context = self._ctx.ctx if context is None else context
         rows = _checked_rows(batch, context)
         present = {row.sequence for row in rows}
-        if self._streamed is not None:
-            for sequence in sorted({row.sequence for row in rows if row.position == 0}):
-                self._streamed.end_sequence(sequence)
+        for sequence in sorted(present):
+            if self._streamed is not None and _n_past(context, sequence) == 0:
+                self._streamed.end_sequence(sequence)  # that had its id before
         start = time.perf_counter()
         with self.translated_errors(), self._telling(rows, context):
             with _log.captured(self.verbose) as said:
@@ -627,21 +629,22 @@ def _is_unified(context: Any) -> bool:
 
 def _checked_rows(batch: Any, context: Any) -> list[batches.Row]:
     """Read a batch; llama.cpp would end the process over one that is empty or too long."""
-    most = upstream_api.llama_n_batch(context)
+    most, limit = upstream_api.llama_n_batch(context), upstream_api.llama_n_seq_max(context)
     if not 0 < batch.n_tokens <= most:
         raise UsageError(f"the batch has {batch.n_tokens} tokens: this context takes 1 to {most}")
-    memory = upstream_api.llama_get_memory(context)
-    rows = batches.read_rows(
-        batch, lambda sequence: upstream_api.llama_memory_seq_pos_max(memory, sequence) + 1
-    )
-    unified = _is_unified(context)
-    limit = batches.MOST_SEQUENCES if unified else upstream_api.llama_n_seq_max(context)
+    rows = batches.read_rows(batch, lambda sequence: _n_past(context, sequence))
     highest = max(sequence for row in rows for sequence in row.sequences)
     if highest >= limit:
         raise UsageError(
             f"the batch has a token of sequence {highest}: this context has {limit} (n_seq_max)"
         )
     return rows
+
+
+def _n_past(context: Any, sequence: int) -> int:
+    """Return the position that the sequence goes on with."""
+    memory = upstream_api.llama_get_memory(context)
+    return int(upstream_api.llama_memory_seq_pos_max(memory, sequence)) + 1
 
 
 def _signature() -> inspect.Signature:
