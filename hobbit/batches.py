@@ -1,9 +1,10 @@
 """In which order llama.cpp computes the rows of a batch of several sequences.
 
-llama_decode divides a batch into ubatches. A context whose sequences share one KV buffer (kv_unified,
-or a single sequence) takes consecutive rows. Others, and all recurrent and hybrid models, take
-equally many rows of each sequence, one sequence after the other; without kv_unified only of
-sequences with consecutive ids. The last layer computes the rows with outputs alone, in that order.
+llama_decode divides a batch into ubatches. A context whose sequences share one KV buffer (that is
+kv_unified, or a single sequence) takes consecutive rows. Others, and all recurrent and hybrid
+models, take equally many rows of each sequence, one sequence after the other; without kv_unified
+only of sequences with consecutive ids. The last layer computes the rows with outputs alone, in that
+order.
 So it is in llama-batch.cpp and the init_batch of each kind of memory (llama.cpp of llama-cpp-python
 0.3.36). Not known is the order in contexts for embeddings, with recurrent states that can roll back
 (n_rs_seq), and where memory is so short that llama.cpp takes the other way.

@@ -327,8 +327,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         batch has them in the order of their ids without a gap. What the cache's policy knows of
         their uses stays separate, by seq_id: a sequence begins when none of its tokens are in the
         KV cache. `context` is a llama_context of this model, by default its own; its KV cache and
-        its logits are the caller's matter. Raises ReadError, Cancelled, and UsageError for a batch that
-        llama.cpp cannot take; HobbitError where the context has no room left.
+        its logits are the caller's matter. Raises ReadError, Cancelled, UsageError for a batch that
+        llama.cpp cannot take, and HobbitError where the context has no room left.
         """
         if self._ctx.ctx is None:
             raise HobbitError("the model is closed")

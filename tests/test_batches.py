@@ -245,7 +245,7 @@ def test_errors(bench: Bench) -> None:
             llm.end_sequence(1)
             with pytest.raises(UsageError, match="sequence 1 cannot end"):
                 llm.end_sequence(1)
-        with context_of(llm, 1) as context, pytest.raises(UsageError, match="has 1 .n_seq_max"):
+        with context_of(llm, 1) as context, pytest.raises(UsageError, match="context has 1"):
             texts.decode(llm, context, [(0, 0, 3), (1, 0, 3)])
     with batch_of([(1, 0, 0, True)]) as batch, pytest.raises(HobbitError, match="is closed"):
         llm.decode(batch)
@@ -288,7 +288,7 @@ def test_cancelling_and_failing_reads(bench: Bench, tmp_path: Path) -> None:
         llm.forget()
         with path.open("r+b") as file:
             file.truncate(llm.layout.groups[1].matrices[0].offset)
-        with pytest.raises(ReadError, match="model.gguf at offset"):
+        with pytest.raises(ReadError, match="at offset"):
             texts.decode(llm, context, [(0, 7, 7), (1, 5, 5)])
         path.write_bytes(whole)
         texts.decode(llm, context, [(0, 7, 7), (1, 5, 5)])

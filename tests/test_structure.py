@@ -60,9 +60,9 @@ IMPORTS: dict[str, set[str]] = {
     "batches": {"errors"},
     "nested": {"_native", "errors", "gguf_file", "layout", "sizes"},
     "llama": {
-        "_log", "_native", "batches", "cpus", "errors", "fingerprint", "gguf_file", "layout", "memory",
-        "policy", "prediction", "quality", "rule", "schedule", "sizes", "stats", "streamed",
-        "usage",
+        "_log", "_native", "batches", "cpus", "errors", "fingerprint", "gguf_file", "layout",
+        "memory", "policy", "prediction", "quality", "rule", "schedule", "sizes", "stats",
+        "streamed", "usage",
     },
     "schedule": {"errors"},
     "streamed": {
