@@ -232,7 +232,8 @@ def _find_groups(
         elif _OTHER_EXPERTS.match(name):
             resident.append((name, "this old file has one tensor per expert"))
     groups: list[ExpertGroup] = []
-    for (layer, kind), stack in sorted(stacks.items()):
+    # In the order in which they are computed, which llama.cpp begins with "exps".
+    for (layer, kind), stack in sorted(stacks.items(), key=lambda s: (s[0][0], s[0][1] != "exps")):
         reason = _why_resident(stack)
         if reason:
             resident += [(tensor.name, reason) for tensor in stack.values()]

@@ -22,7 +22,7 @@ import llama_cpp.llama_cpp as upstream_api
 import numpy as np
 import numpy.typing as npt
 
-from . import _log, usage
+from . import _log, batches, usage
 from ._native import CancelFlag
 from .cpus import has_amx
 from .errors import (
@@ -126,6 +126,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._streamed: StreamedModel | None = None
         self._cancelled = CancelFlag()
         self._counted = Stats()
+        self._sequences: set[int] = set()  # that `decode` saw and that did not end
         self._fingerprint = ""  # known with a warm start
         self._own_arguments: dict[str, Any] = {
             "memory": memory,
@@ -327,6 +328,68 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 else Stats(tokens_generated=done, decode_s=seconds)
             )
             self._counted = self._counted.plus(new)
+
+    def decode(self, batch: Any, context: Any = None) -> None:
+        """Call llama_decode on a llama_batch, whose tokens may be of several sequences.
+
+        They share the reads: an expert that several use in one layer is read once. For that
+        llama.cpp has to compute them together, which it does where kv_unified is set, or where the
+        batch has them in the order of their ids without a gap. What the cache's policy knows of
+        their uses stays separate, by seq_id: a sequence begins when none of its tokens are in the
+        KV cache. `context` is a llama_context of this model, by default its own; its KV cache and
+        its logits are the caller's matter. Raises ReadError, Cancelled, UsageError for a batch that
+        llama.cpp cannot take, and HobbitError where the context has no room left.
+        """
+        if self._ctx.ctx is None:
+            raise HobbitError("the model is closed")
+        context = self._ctx.ctx if context is None else context
+        rows = _checked_rows(batch, context)
+        present = {row.sequence for row in rows}
+        for sequence in sorted(present):
+            if self._streamed is not None and _n_past(context, sequence) == 0:
+                self._streamed.end_sequence(sequence)  # that had its id before
+        start = time.perf_counter()
+        with self.translated_errors(), self._telling(rows, context):
+            with _log.captured(self.verbose) as said:
+                status = upstream_api.llama_decode(context, batch)
+            if status not in (0, 1, -1):
+                raise RuntimeError(f"llama_decode returned {status}")
+        if status == 1:
+            raise HobbitError("the context has no room left for the tokens of the batch")
+        if status == -1:
+            raise UsageError(f"llama.cpp refuses the batch: {_log.reason(said)}")
+        self._sequences |= present
+        seconds = time.perf_counter() - start
+        if len(rows) == len(present) and all(row.position > 0 for row in rows):
+            new = Stats(tokens_generated=len(rows), decode_s=seconds)
+        else:
+            new = Stats(tokens_prompt=len(rows), prompt_s=seconds)
+        self._counted = self._counted.plus(new)
+
+    def end_sequence(self, seq_id: int) -> None:
+        """What `decode` saw of this sequence shall no longer count for what is cached.
+
+        Its tokens stay in the KV cache: those are the caller's. Raises UsageError for a sequence
+        that is not decoding.
+        """
+        if seq_id not in self._sequences:
+            raise UsageError(f"sequence {seq_id} cannot end: nothing of it was decoded")
+        self._sequences.remove(seq_id)
+        if self._streamed is not None:
+            self._streamed.end_sequence(seq_id)
+
+    def _telling(self, rows: Sequence[batches.Row], context: Any) -> AbstractContextManager[None]:
+        """Say whose the rows of the next llama_decode are, where their order is known."""
+        if self._streamed is None or upstream_api.llama_n_rs_seq(context) > 0:
+            return nullcontext()
+        n_ubatch, unified = upstream_api.llama_n_ubatch(context), _is_unified(context)
+        model = self._model.model
+        unified = unified and self.layout.gguf.arch not in batches.NEVER_UNIFIED
+        recurrent = upstream_api.llama_model_is_recurrent(model)
+        if unified and not recurrent and not upstream_api.llama_model_is_hybrid(model):
+            return self._streamed.decoding(rows, batches.consecutive(len(rows), n_ubatch))
+        sequential = recurrent or not unified
+        return self._streamed.decoding(rows, batches.equal(rows, n_ubatch, sequential=sequential))
 
     def generate(self, *arguments: Any, **named: Any) -> Any:
         """See llama_cpp.Llama.generate.
@@ -573,6 +636,32 @@ def _patched(llm: Llama) -> Iterator[None]:
             upstream_api.llama_model_load_from_file = _load_from_file
             upstream_api.llama_init_from_model = _init_from_model
             upstream_internals.suppress_stdout_stderr = _suppress_output
+
+
+def _is_unified(context: Any) -> bool:
+    """Whether all sequences share the cells of one KV buffer."""
+    cells, each = upstream_api.llama_n_ctx(context), upstream_api.llama_n_ctx_seq(context)
+    return bool(cells == each)
+
+
+def _checked_rows(batch: Any, context: Any) -> list[batches.Row]:
+    """Read a batch; llama.cpp would end the process over one that is empty or too long."""
+    most, limit = upstream_api.llama_n_batch(context), upstream_api.llama_n_seq_max(context)
+    if not 0 < batch.n_tokens <= most:
+        raise UsageError(f"the batch has {batch.n_tokens} tokens: this context takes 1 to {most}")
+    rows = batches.read_rows(batch, lambda sequence: _n_past(context, sequence))
+    highest = max(sequence for row in rows for sequence in row.sequences)
+    if highest >= limit:
+        raise UsageError(
+            f"the batch has a token of sequence {highest}: this context has {limit} (n_seq_max)"
+        )
+    return rows
+
+
+def _n_past(context: Any, sequence: int) -> int:
+    """Return the position that the sequence goes on with."""
+    memory = upstream_api.llama_get_memory(context)
+    return int(upstream_api.llama_memory_seq_pos_max(memory, sequence)) + 1
 
 
 def _signature() -> inspect.Signature:

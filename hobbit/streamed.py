@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from . import _log, _native
 from ._native import CancelFlag, check, error_buffer, ffi, lib
+from .batches import Row
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
@@ -287,6 +288,30 @@ class StreamedModel:
     def new_sequence(self) -> None:
         """What comes now is another sequence."""
         lib.hobbit_model_new_sequence(self._handle)
+
+    def end_sequence(self, sequence: int) -> None:
+        """One of several sequences is over, or its number is another's from now on."""
+        lib.hobbit_model_end_sequence(self._handle, sequence)
+
+    @contextmanager
+    def decoding(self, rows: Sequence[Row], ubatches: Sequence[Sequence[int]]) -> Iterator[None]:
+        """While it lasts, llama_decode computes these rows, by number, ubatch by ubatch."""
+        order = [rows[i] for ubatch in ubatches for i in ubatch]
+        columns = {
+            "sequences": [row.sequence for row in order],
+            "tokens": [row.position for row in order],
+            "outputs": [row.output for row in order],
+            "ubatches": [len(ubatch) for ubatch in ubatches],
+        }
+        lists = {name: ffi.new("int32_t[]", column) for name, column in columns.items()}
+        sizes = {"n_rows": len(order), "n_ubatches": len(ubatches)}
+        error = error_buffer()
+        native = ffi.new("struct hobbit_rows *", lists | sizes)
+        check(lib.hobbit_model_rows(self._handle, native, error, len(error)), error)
+        try:
+            yield
+        finally:
+            lib.hobbit_model_rows(self._handle, ffi.NULL, error, len(error))
 
     def forget(self) -> None:
         """Drop every cached copy."""

@@ -40,13 +40,15 @@ struct group {
     int32_t home; /* where its experts would lie in a bank that holds all of them, in order */
     uint64_t passes; /* how often it was computed */
     int32_t *slot_of[HOBBIT_PRECISIONS]; /* expert -> slot in the bank, or NONE */
-    struct hb_usage *usage;              /* one an expert */
+    int32_t first_expert;                /* of the expert's number in the records */
+    struct hb_usage *usage;              /* one an expert, in the records */
 };
 
 struct hb_cache {
     int32_t n_pools, n_groups;
     struct pool *pools;
     struct group *groups;
+    struct hb_records *records; /* of all experts, in the order of the groups */
     hb_cache_emptied *emptied;
     void *context;
     struct hobbit_policy policy;
@@ -86,8 +88,7 @@ static bool add_group(struct hb_cache *c, struct group *group, int32_t n_experts
     group->n_experts = n_experts;
     group->home = c->pools[pool].n_experts;
     c->pools[pool].n_experts += n_experts;
-    group->usage = calloc((size_t) n_experts, sizeof *group->usage);
-    bool good = group->usage != NULL;
+    bool good = true;
     for (int32_t p = 0; good && p < HOBBIT_PRECISIONS; p++) {
         group->slot_of[p] = malloc((size_t) n_experts * sizeof *group->slot_of[p]);
         good = group->slot_of[p] != NULL;
@@ -96,6 +97,19 @@ static bool add_group(struct hb_cache *c, struct group *group, int32_t n_experts
         }
     }
     return good;
+}
+
+static bool add_records(struct hb_cache *c) {
+    int32_t n_experts = 0;
+    for (int32_t i = 0; i < c->n_groups; i++) {
+        c->groups[i].first_expert = n_experts;
+        n_experts += c->groups[i].n_experts;
+    }
+    c->records = hb_records_new(n_experts);
+    for (int32_t i = 0; i < c->n_groups && c->records != NULL; i++) {
+        c->groups[i].usage = hb_records_sums(c->records) + c->groups[i].first_expert;
+    }
+    return c->records != NULL;
 }
 
 struct hb_cache *hb_cache_new(int32_t n_pools, const struct hobbit_pool *pools, int32_t n_groups,
@@ -119,7 +133,7 @@ struct hb_cache *hb_cache_new(int32_t n_pools, const struct hobbit_pool *pools, 
     for (int32_t i = 0; good && i < n_groups; i++) {
         good = add_group(c, &c->groups[c->n_groups++], experts_of_group[i], pool_of_group[i]);
     }
-    if (!good || !hb_cache_set_policy(c, &(struct hobbit_policy) {.kind = HOBBIT_POLICY_LRU})) {
+    if (!good || !add_records(c) || !hb_cache_set_policy(c, &(struct hobbit_policy) {.kind = HOBBIT_POLICY_LRU})) {
         hb_cache_free(c);
         return NULL;
     }
@@ -131,7 +145,6 @@ void hb_cache_free(struct hb_cache *c) {
         return;
     }
     for (int32_t i = 0; i < c->n_groups; i++) {
-        free(c->groups[i].usage);
         for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
             free(c->groups[i].slot_of[p]);
         }
@@ -145,6 +158,7 @@ void hb_cache_free(struct hb_cache *c) {
             free(bank->free);
         }
     }
+    hb_records_free(c->records);
     free(c->groups);
     free(c->pools);
     free(c->seen);
@@ -279,20 +293,14 @@ void hb_cache_begin(struct hb_cache *c, int32_t group, int32_t n_tokens) {
     }
 }
 
-void hb_cache_reset(struct hb_cache *c) {
-    uint64_t age = hb_policy_age(&c->policy);
-    if (age > 0) {
-        c->now.token += age;
-        return;
+bool hb_cache_add_sequence(struct hb_cache *c, int32_t sequence) {
+    return hb_records_add(c->records, sequence);
+}
+
+void hb_cache_reset(struct hb_cache *c, int32_t sequence) {
+    if (hb_records_end(c->records, &c->policy, sequence, &c->now)) {
+        rank_all(c);
     }
-    for (int32_t i = 0; i < c->n_groups; i++) {
-        for (int32_t e = 0; e < c->groups[i].n_experts; e++) {
-            struct hb_usage *usage = &c->groups[i].usage[e];
-            *usage = (struct hb_usage) {.next_use = usage->next_use}; /* that is no record of the past */
-        }
-    }
-    c->now.token = 0;
-    rank_all(c);
 }
 
 /* --- copies --- */
@@ -307,8 +315,13 @@ int32_t hb_cache_peek(const struct hb_cache *c, struct hb_key key) {
 }
 
 int32_t hb_cache_find(struct hb_cache *c, struct hb_key key, int32_t n_pairs) {
-    struct group *g = &c->groups[key.group];
-    hb_policy_use(&c->policy, &g->usage[key.expert], key.precision, n_pairs, g->passes, &c->now);
+    return hb_cache_find_shared(c, key, &(struct hb_share) {.n_pairs = n_pairs}, 1);
+}
+
+int32_t hb_cache_find_shared(struct hb_cache *c, struct hb_key key, const struct hb_share *shares, int32_t n_shares) {
+    const struct group *g = &c->groups[key.group];
+    hb_records_use(c->records, &c->policy, g->first_expert + key.expert, key.precision, shares, n_shares, g->passes,
+                   &c->now);
     c->uses++;
     if (hb_cache_slot(c, key) != NONE) {
         slot_of(c, key)->stamp = c->uses;

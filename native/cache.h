@@ -6,8 +6,8 @@
  *
  * A slot is FREE, LOADING (claimed, its bytes are the reader's) or READY. A pinned slot is never evicted; pins are
  * counted, and a LOADING slot has one. What is known of an expert's uses is kept whether it is cached or not, until the
- * next sequence. Who is evicted is the policy's matter; finding it takes O(log slots + layers), and nothing here
- * allocates after hb_cache_new and hb_cache_set_policy. Not thread-safe: the model's lock covers it.
+ * sequence ends that used it: see records.h. Who is evicted is the policy's matter; finding it takes O(log slots +
+ * layers), and nothing here allocates after hb_cache_new but hb_cache_set_policy and hb_cache_add_sequence. Not thread-safe: the model's lock covers it.
  */
 #ifndef HB_CACHE_H
 #define HB_CACHE_H
@@ -17,6 +17,7 @@
 
 #include "hobbit.h"
 #include "policy.h"
+#include "records.h"
 
 /* One copy of one expert. */
 struct hb_key {
@@ -36,10 +37,14 @@ void hb_cache_free(struct hb_cache *cache); /* NULL is fine */
 
 /* Evict by this policy from now on; LRU until then. False, and nothing is changed, when memory is short. */
 bool hb_cache_set_policy(struct hb_cache *cache, const struct hobbit_policy *policy);
-/* A layer's look-ups begin, of so many tokens. Groups follow one another in the order of the layers. */
+/* A layer's look-ups begin, of so many tokens of one sequence: the most that any has. Groups follow one another in the
+ * order of the layers. */
 void hb_cache_begin(struct hb_cache *cache, int32_t group, int32_t n_tokens);
-/* A new sequence begins: the records of uses are forgotten, or aged where the policy says so. */
-void hb_cache_reset(struct hb_cache *cache);
+/* What this sequence uses is told apart from now on: see hb_records_add. Sequence 0 needs none. */
+bool hb_cache_add_sequence(struct hb_cache *cache, int32_t sequence);
+/* The sequence ended, or a new one takes its place: its records of uses are forgotten, or aged where the policy says so;
+ * those of others stay. O(experts + slots). */
+void hb_cache_reset(struct hb_cache *cache, int32_t sequence);
 
 /* The slot (numbered within its bank) that holds the copy in READY state, or -1. */
 int32_t hb_cache_peek(const struct hb_cache *cache, struct hb_key key);
@@ -47,8 +52,11 @@ int32_t hb_cache_peek(const struct hb_cache *cache, struct hb_key key);
 int32_t hb_cache_slot(const struct hb_cache *cache, struct hb_key key);
 /* Whether a claim would evict nothing. */
 bool hb_cache_has_room(const struct hb_cache *cache, struct hb_key key);
-/* As hb_cache_peek, and hit or miss it is a use by so many (token, expert) pairs. */
+/* As hb_cache_peek, and hit or miss it is a use by so many (token, expert) pairs, of sequence 0. */
 int32_t hb_cache_find(struct hb_cache *cache, struct hb_key key, int32_t n_pairs);
+/* The same, by pairs of several sequences: one look-up. */
+int32_t hb_cache_find_shared(struct hb_cache *cache, struct hb_key key, const struct hb_share *shares,
+                             int32_t n_shares);
 /* For HOBBIT_POLICY_FARTHEST: when the expert is used next. Set it while the expert is pinned or not cached. */
 void hb_cache_set_next_use(struct hb_cache *cache, struct hb_key key, uint64_t when);
 /* A slot for a copy that is not cached, LOADING from now on; evicts. -1 when what is not pinned has too few bytes. */

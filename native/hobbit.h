@@ -205,6 +205,15 @@ struct hobbit_prediction {
     int32_t map_capacity; /* MAP and AUTO: how many tokens' maps are kept */
 };
 
+/* The rows of a llama_decode, in the order in which they are computed: see hobbit/batches.py. */
+struct hobbit_rows {
+    const int32_t *sequences; /* [n_rows], llama.cpp's sequence ids */
+    const int32_t *tokens;    /* [n_rows], the number of the token in its sequence, from 0 */
+    const int32_t *outputs;   /* [n_rows], not 0: logits are asked for, so that every layer computes the row */
+    const int32_t *ubatches;  /* [n_ubatches], the rows of each ubatch */
+    int32_t n_rows, n_ubatches;
+};
+
 struct hobbit_stats {
     uint64_t hits, misses, evictions; /* expert look-ups: one per distinct copy, layer and ubatch */
     uint64_t read_bytes;              /* bytes of expert data delivered, alignment padding excluded */
@@ -284,8 +293,16 @@ int32_t hobbit_model_save_maps(struct hobbit_model *model, const char *path, con
                                size_t err_len);
 int32_t hobbit_model_load_maps(struct hobbit_model *model, const char *path, const uint8_t *identity, char *err,
                                size_t err_len);
-/* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. */
+/* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. Those that
+ * hobbit_model_rows tells apart are sequences beside it, but for number 0, which is this one. */
 void hobbit_model_new_sequence(struct hobbit_model *model);
+/* Say whose the rows of the next llama_decode are, for the policy and the trace: what is computed does not depend on it.
+ * From the first layer on that has other rows, and from the next call with NULL on, rows are sequence 0's. HOBBIT_ARG: a
+ * number makes no sense. */
+int32_t hobbit_model_rows(struct hobbit_model *model, const struct hobbit_rows *rows, char *err, size_t err_len);
+/* One that hobbit_model_rows named is over, or its number is given to another: what the policy knows of its uses is out
+ * of date, and of the others' is not. */
+void hobbit_model_end_sequence(struct hobbit_model *model, int32_t sequence);
 /* Drop every cached copy that is not kept, and read no more in advance. */
 void hobbit_model_forget(struct hobbit_model *model);
 /* How often each expert was looked up since the model was opened: [n_experts], of all groups in order. */

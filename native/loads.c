@@ -110,7 +110,7 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
     return true;
 }
 
-void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
+void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens, int32_t most) {
     if (group < m->pass.group || m->catalog.n_groups == 1) {
         hb_model_note_pass(m, n_tokens);
         hb_model_give_up(m, -1); /* of a pass that was broken off */
@@ -118,11 +118,11 @@ void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens) {
     m->pass.group = group;
     m->pass.last_rows = group + 1 == m->catalog.n_groups ? n_tokens : m->pass.last_rows;
     hb_model_unprotect(m, group);
-    hb_cache_begin(m->cache, group, n_tokens);
+    hb_cache_begin(m->cache, group, most);
 }
 
-int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, int32_t n_pairs) {
-    int32_t slot = hb_cache_find(m->cache, key, n_pairs);
+int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, const struct hb_share *shares, int32_t n_shares) {
+    int32_t slot = hb_cache_find_shared(m->cache, key, shares, n_shares);
     m->used[hb_model_number(m, key)]++;
     if (slot >= 0) {
         hb_cache_pin(m->cache, key, true);

@@ -216,7 +216,7 @@ int32_t hobbit_model_set_policy(struct hobbit_model *m, const struct hobbit_poli
 void hobbit_model_new_sequence(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
-        hb_cache_reset(m->cache);
+        hb_cache_reset(m->cache, 0);
     }
     m->n_sequences++;
     if (m->trace != NULL) {
@@ -267,6 +267,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     free(m->in_vain);
     (void) hb_schedule_close(m->schedule);
     (void) hb_trace_close(m->trace);
+    hb_rows_free(m->rows);
     free(m->asked_at);
     free(m->used);
     free(m->routers);

@@ -18,6 +18,7 @@
 #include "map_predictor.h"
 #include "reader.h"
 #include "rule.h"
+#include "rows.h"
 #include "trace.h"
 
 struct hb_counters {
@@ -85,10 +86,13 @@ bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
 /* Between computations: take in what was read in the background, and start what is wanted so. */
 void hb_model_settle(struct hobbit_model *model);
-/* A layer's look-ups begin, of so many tokens. */
-void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens);
-/* Count the look-up by so many pairs; a cached copy is pinned and its slot returned, else -1. */
-int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
+/* A layer is computed, for so many rows: whose they are. Once for each layer, or piece of one. */
+struct hb_owners hb_model_owners(struct hobbit_model *model, int32_t group, int64_t n_rows);
+/* A layer's look-ups begin, of so many tokens, `most` of them of one sequence. */
+void hb_model_begin(struct hobbit_model *model, int32_t group, int32_t n_tokens, int32_t most);
+/* Count the look-up by these pairs; a cached copy is pinned and its slot returned, else -1. */
+int32_t hb_model_look_up(struct hobbit_model *model, struct hb_key key, const struct hb_share *shares,
+                         int32_t n_shares);
 /* How many rows the last layer of the model had when it was computed last. */
 int32_t hb_model_last_rows(const struct hobbit_model *model);
 /* The routers, one a group, for the caller to fill in; all zero until then. And the predictors that learn from them:

@@ -66,6 +66,7 @@ struct hobbit_model {
     struct hb_schedule *schedule; /* recorded or replayed, or NULL */
     struct hb_trace *trace;       /* or NULL */
     int32_t n_sequences;          /* begun so far */
+    struct hb_rows *rows;         /* of the llama_decode that runs, or NULL */
     bool low_kept;
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;

@@ -105,6 +105,7 @@ static enum ggml_status run(struct hb_moe *moe, const struct hb_segment *s, stru
 struct wave {
     struct hb_moe *moe;
     const struct hb_segment *segment;
+    struct hb_owners owners;
     int32_t next_missing; /* experts before it are cached, loading or done */
     int32_t loading, ready, done, skipped;
 };
@@ -113,9 +114,32 @@ static struct hb_key key_of(const struct wave *w, const struct hb_routed *e) {
     return (struct hb_key) {w->segment->group, e->expert, e->precision};
 }
 
+/* Divide an expert's pairs by the sequences they are of, in [HB_RECORDS] shares: their number. */
+static int32_t divide(const struct wave *w, const struct hb_routed *e, struct hb_share *shares) {
+    if (w->owners.sequences == NULL) {
+        shares[0] = (struct hb_share) {.n_pairs = e->n_pairs};
+        return 1;
+    }
+    int32_t n = 0, at = 0;
+    for (int32_t i = e->first; i < e->first + e->n_pairs; i++) {
+        int32_t index = hb_records_index(w->owners.sequences[w->moe->routing.token[i]]);
+        if (at >= n || shares[at].sequence != index) { /* mostly as the pair before */
+            for (at = 0; at < n && shares[at].sequence != index; at++) {
+            }
+        }
+        if (at == n) {
+            shares[n++] = (struct hb_share) {.sequence = index};
+        }
+        shares[at].n_pairs++;
+    }
+    return n;
+}
+
 static void look_up(struct wave *w) {
     struct hobbit_model *model = w->segment->model;
-    hb_model_begin(model, w->segment->group, (int32_t) w->moe->routing.n_tokens);
+    struct hb_share shares[HB_RECORDS];
+    int32_t n_rows = (int32_t) w->moe->routing.n_tokens;
+    hb_model_begin(model, w->segment->group, n_rows, w->owners.sequences != NULL ? w->owners.most : n_rows);
     for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
         struct hb_routed *e = &w->moe->routing.experts[i];
         atomic_fetch_add(&hb_model_counters(model)->pairs[e->precision], (uint64_t) e->n_pairs);
@@ -125,7 +149,7 @@ static void look_up(struct wave *w) {
             w->skipped++;
             continue;
         }
-        e->slot = hb_model_look_up(model, key_of(w, e), e->n_pairs);
+        e->slot = hb_model_look_up(model, key_of(w, e), shares, divide(w, e, shares));
         e->state = e->slot >= 0 ? READY : MISSING;
         w->ready += e->slot >= 0;
     }
@@ -305,7 +329,8 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
         hb_model_fail(s->model, "the router chose an expert that does not exist, or memory is short");
         return GGML_STATUS_FAILED;
     }
-    if (!hb_tracing_write(&moe->scores, s)) {
+    struct hb_owners owners = hb_model_owners(s->model, s->group, moe->routing.n_tokens);
+    if (!hb_tracing_write(&moe->scores, s, &owners)) {
         return GGML_STATUS_FAILED;
     }
     if (!hb_replicas_begin(&moe->replicas, s, &moe->routing)) {
@@ -317,7 +342,7 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     if (!hb_precision_choose(&moe->scores, s, &moe->routing, &moe->replicas.token_scale)) {
         return GGML_STATUS_FAILED;
     }
-    struct wave wave = {.moe = moe, .segment = s};
+    struct wave wave = {.moe = moe, .segment = s, .owners = owners};
     look_up(&wave);
     fetch(&wave);
     hb_model_give_up(s->model, s->group);

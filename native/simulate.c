@@ -158,7 +158,7 @@ static const char *take_event(struct hb_simulator *sim, int64_t event) {
     } else if (kind == HOBBIT_EVENT_LAYER) {
         (void) hb_simulated_layer(sim, event, &problem);
     } else if (kind == HOBBIT_EVENT_SEQUENCE) {
-        hb_cache_reset(sim->cache);
+        hb_cache_reset(sim->cache, 0);
     } else if (kind == HOBBIT_EVENT_FORGET) {
         forget(sim);
     }

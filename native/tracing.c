@@ -58,7 +58,7 @@ static void read_probs(struct rows *r, const struct hb_router *router, const str
     }
 }
 
-bool hb_tracing_write(struct hb_block *memory, const struct hb_segment *s) {
+bool hb_tracing_write(struct hb_block *memory, const struct hb_segment *s, const struct hb_owners *owners) {
     struct hb_trace *trace = hb_model_trace(s->model);
     if (trace == NULL) {
         return true;
@@ -77,7 +77,8 @@ bool hb_tracing_write(struct hb_block *memory, const struct hb_segment *s) {
         read_probs(&r, &router, input);
     }
     const struct hb_trace_layer layer = {.group = s->group, .n_used = (int32_t) s->ids->ne[0], .n_rows = r.n_rows,
-                                         .experts = r.experts, .weights = r.weights, .probs = r.probs};
+                                         .experts = r.experts, .weights = r.weights, .probs = r.probs,
+                                         .sequences = owners->sequences, .tokens = owners->tokens};
     if (!hb_trace_layer(trace, &layer)) {
         char text[256];
         snprintf(text, sizeof text, "the routing trace cannot be written: %s", strerror(errno));

@@ -176,8 +176,8 @@ def test_a_dense_model_has_no_groups(tmp_path: Path) -> None:
 def test_two_groups_a_layer() -> None:
     layout = build_layout(fake(stack(0) | stack(0, kind="chexps", experts=2) | stack(1)))
     assert [(g.index, g.layer, g.kind) for g in layout.groups] == [
-        (0, 0, "chexps"),
-        (1, 0, "exps"),
+        (0, 0, "exps"),
+        (1, 0, "chexps"),
         (2, 1, "exps"),
     ]
 

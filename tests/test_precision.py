@@ -379,8 +379,8 @@ class TestSubstitute:
                     break
             llm.rule = Rule(substitute=1.0)
             before = llm.stats
-            # Not bits: its gate weights come from a softmax of ours, and where two experts are nearly
-            # equal that may change a later layer's choice, and with it every token from there on.
+            # Not bits: its gate weights come from a softmax of ours. Where two experts are nearly
+            # equal that may change a later layer's choice, and with it every later token.
             differences = np.abs(run(llm, MIXED) - expected).max(axis=(1, 2))
             assert np.median(differences) < 1e-2
             assert llm.stats.misses == before.misses

@@ -91,6 +91,11 @@ static struct hb_key high(int32_t group, int32_t expert) {
     return (struct hb_key) {group, expert, HOBBIT_HIGH};
 }
 
+/* By one pair. */
+static int32_t look_up(struct hobbit_model *m, struct hb_key key) {
+    return hb_model_look_up(m, key, &(struct hb_share) {.n_pairs = 1}, 1);
+}
+
 static struct hb_key low(int32_t expert) {
     return (struct hb_key) {0, expert, HOBBIT_LOW};
 }
@@ -218,7 +223,7 @@ static int use_copies(struct hobbit_model *m, const struct hb_key *keys, int32_t
     int32_t slots[2 * EXPERTS];
     hb_model_lock(m);
     for (int32_t i = 0; i < n; i++) {
-        slots[i] = hb_model_look_up(m, keys[i], 1);
+        slots[i] = look_up(m, keys[i]);
         if (slots[i] >= 0) {
             continue;
         }
@@ -293,7 +298,7 @@ static void pinned_experts_keep_their_slots(void) {
     struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 1);
     CHECK_EQUAL(use(m, 0, 3, 1), 0);
     hb_model_lock(m);
-    int32_t slot = hb_model_look_up(m, high(0, 3), 1);
+    int32_t slot = look_up(m, high(0, 3));
     CHECK_EQUAL(slot, 0);
     CHECK(!fetch(m, high(0, 4)));
     CHECK(fetch(m, high(1, 4))); /* another pool */
@@ -318,7 +323,7 @@ static void a_copy_is_read_once_and_pinned_by_all_who_ask(void) {
     CHECK(!hb_model_arrival(m, true).failed);
     CHECK_EQUAL(hb_model_fetch(m, high(0, 3), &slot), HB_FETCH_READY);
     CHECK(slot == 0 && slot_holds(m, high(0, 3), slot));
-    CHECK_EQUAL(hb_model_look_up(m, high(0, 3), 1), 0);
+    CHECK_EQUAL(look_up(m, high(0, 3)), 0);
     for (int i = 0; i < 3; i++) { /* one for each of us */
         CHECK(!fetch(m, high(0, 4)));
         hb_model_release(m, high(0, 3));
@@ -554,7 +559,7 @@ static int32_t set_rule(struct hobbit_model *m, float t1, float t2, bool determi
 
 static bool is_cached(struct hobbit_model *m, struct hb_key key) {
     hb_model_lock(m);
-    int32_t slot = hb_model_look_up(m, key, 1);
+    int32_t slot = look_up(m, key);
     if (slot >= 0) {
         hb_model_release(m, key);
     }
@@ -733,7 +738,7 @@ static void forgetting_drops_what_is_not_in_use(void) {
     CHECK_EQUAL(use(m, 1, 0, 2), 0);
     CHECK_EQUAL(stats_of(m).n_cached, EXPERTS + 2);
     hb_model_lock(m);
-    int32_t slot = hb_model_look_up(m, low(2), 1);
+    int32_t slot = look_up(m, low(2));
     hb_model_unlock(m);
     hobbit_model_forget(m);
     CHECK_EQUAL(stats_of(m).n_cached, 1);
@@ -895,7 +900,7 @@ static void a_low_copy_in_use_stays(void) {
     CHECK_EQUAL(set_rule(m, 0.5f, 1, false), HOBBIT_OK);
     CHECK_EQUAL(use_copy(m, low(1)), 0);
     hb_model_lock(m);
-    int32_t slot = hb_model_look_up(m, low(1), 1);
+    int32_t slot = look_up(m, low(1));
     hb_model_unlock(m);
     CHECK_EQUAL(warm(m, 0, (int32_t[]) {1}, 1), HOBBIT_OK);
     settled(m);
@@ -1056,7 +1061,7 @@ static void give_up(struct hobbit_model *m, int32_t group) {
 
 static void begin(struct hobbit_model *m, int32_t group) {
     hb_model_lock(m);
-    hb_model_begin(m, group, 1);
+    hb_model_begin(m, group, 1, 1);
     hb_model_unlock(m);
 }
 
@@ -1162,7 +1167,7 @@ static void a_demand_takes_over_a_read_ahead(void) {
     CHECK(!expect(m, 0, (int32_t[]) {3}, 1));
     faults_await_preads(1);
     hb_model_lock(m);
-    CHECK_EQUAL(hb_model_look_up(m, high(0, 3), 1), -1);
+    CHECK_EQUAL(look_up(m, high(0, 3)), -1);
     CHECK(fetch(m, high(0, 3)));
     hb_model_give_up(m, 0); /* too late: it is waited for */
     atomic_store(&faults_gate_open, true);

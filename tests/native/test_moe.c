@@ -261,6 +261,65 @@ static void contexts_on_one_model_take_turns(void) {
     close_arm(shared);
 }
 
+/* One row for each of these sequences, which uses the three experts from `first` on; returns the misses. */
+static uint64_t decode_rows(struct arm *arm, int n_rows, const int32_t *sequences, const int32_t *first) {
+    static float out[EMBD * MAX_TOKENS];
+    const int32_t ones[MAX_TOKENS] = {1, 1};
+    char err[256];
+    uint64_t seed = 5, misses = stats_of(arm).misses;
+    struct input in;
+    random_input(&in, n_rows, &seed);
+    for (int i = 0; i < n_rows * EXPERTS; i++) {
+        in.table[i] = (first[i / EXPERTS] + i % EXPERTS) % EXPERTS;
+    }
+    struct hobbit_rows rows = {.sequences = sequences, .tokens = sequences, .outputs = ones, .ubatches = &n_rows,
+                               .n_rows = n_rows, .n_ubatches = 1};
+    CHECK_EQUAL(hobbit_model_rows(arm->model, &rows, err, sizeof err), HOBBIT_OK);
+    CHECK_EQUAL(compute(arm, &in, out), GGML_STATUS_SUCCESS);
+    CHECK_EQUAL(hobbit_model_rows(arm->model, NULL, err, sizeof err), HOBBIT_OK);
+    return stats_of(arm).misses - misses;
+}
+
+/* By LFU, with room for what both use. Sequence 1 used its experts more often; once it has ended, they go first. */
+static void an_ended_sequence_makes_room(bool ends) {
+    struct arm *arm = open_arm(LAYERS * 6, HOBBIT_IO_AUTO);
+    const struct hobbit_policy policy = {.kind = HOBBIT_POLICY_LFU};
+    char err[256];
+    CHECK_EQUAL(hobbit_model_set_policy(arm->model, &policy, err, sizeof err), HOBBIT_OK);
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQUAL(decode_rows(arm, 2, (int32_t[]) {0, 1}, (int32_t[]) {0, 3}), i == 0 ? LAYERS * 6 : 0);
+    }
+    CHECK_EQUAL(decode_rows(arm, 1, (int32_t[]) {1}, (int32_t[]) {3}), 0);
+    if (ends) {
+        hobbit_model_end_sequence(arm->model, 1);
+        hobbit_model_end_sequence(arm->model, -1); /* no sequence: nothing happens */
+    }
+    CHECK(decode_rows(arm, 1, (int32_t[]) {2}, (int32_t[]) {6}) > 0); /* 6, 7 and 0 */
+    CHECK_EQUAL(decode_rows(arm, 1, (int32_t[]) {0}, (int32_t[]) {0}) == 0, ends);
+    close_arm(arm);
+}
+
+static void sequences_have_records_of_their_own(void) {
+    char err[256];
+    an_ended_sequence_makes_room(true);
+    an_ended_sequence_makes_room(false);
+    struct arm *arm = open_arm(LAYERS * 6, HOBBIT_IO_AUTO);
+    struct hobbit_rows rows = {.sequences = (int32_t[]) {-1}, .tokens = (int32_t[]) {0}, .outputs = (int32_t[]) {0},
+                               .ubatches = (int32_t[]) {1}, .n_rows = 1, .n_ubatches = 1};
+    CHECK_EQUAL(hobbit_model_rows(arm->model, &rows, err, sizeof err), HOBBIT_ARG);
+    CHECK_TEXT(err, "make no sense");
+    rows.sequences = (int32_t[]) {7};
+    int n = 1;
+    for (int32_t status = HOBBIT_NOMEM; status != HOBBIT_OK; n++) {
+        atomic_store(&faults_allocation, n);
+        status = hobbit_model_rows(arm->model, &rows, err, sizeof err);
+        atomic_store(&faults_allocation, 0);
+        CHECK(status == HOBBIT_OK || status == HOBBIT_NOMEM);
+    }
+    CHECK(n > 4); /* its record, and the lists of rows */
+    close_arm(arm);
+}
+
 int main(void) {
     for (int i = 0; i < N_VARIANTS; i++) {
         printf("%s\n", variants[i].name);
@@ -276,6 +335,7 @@ int main(void) {
             RUN(unknown_experts_fail_the_computation);
             RUN(every_failed_allocation_is_survived);
             RUN(contexts_on_one_model_take_turns);
+            RUN(sequences_have_records_of_their_own);
         }
         free_weights();
     }

@@ -224,7 +224,7 @@ static void layer(int32_t group, bool both, uint64_t limit, uint64_t *seed) {
 
 static void new_sequence(void) {
     bool ages = m.policy->kind == HOBBIT_POLICY_DECAY;
-    hb_cache_reset(cache);
+    hb_cache_reset(cache, 0);
     m.token = ages ? m.token + 4 * (double) m.policy->half_life : 0;
     m.n_uses = ages ? m.n_uses : 0;
 }
