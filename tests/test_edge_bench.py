@@ -64,16 +64,18 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_arms_of_the_suite() -> None:
     subject = edge_bench.Subject("demo", "demo", Path("m"), "", {"quality": "fast"})
-    arms = edge_bench.arms(subject, 1 << 30)
-    assert [(a.name, a.engine, a.cap) for a in arms] == [
+    arms = edge_bench.arms(subject, 1 << 30, edge_bench.ARMS)
+    assert [(a.title, a.engine, a.cap) for a in arms] == [
         ("exact", "hobbit", 1 << 30),
+        ("exact, lru, none", "hobbit", 1 << 30),
+        ("exact, none", "hobbit", 1 << 30),
+        ("exact, gate:always", "hobbit", 1 << 30),
         ("fast", "hobbit", 1 << 30),
         ("stock-mmap", "stock-mmap", 1 << 30),
         ("stock", "stock", 0),
     ]
-    assert "fast" not in [
-        a.name for a in edge_bench.arms(edge_bench.Subject("o", "o", Path(), ""), 0)
-    ]
+    plain = edge_bench.arms(edge_bench.Subject("o", "o", Path(), ""), 0, ("fast", "stock"))
+    assert [a.name for a in plain] == ["stock"]
 
 
 @needs_plots

@@ -98,7 +98,8 @@ def soak(options: argparse.Namespace) -> int:
     growth = max(resident[2 * len(jobs) :]) - first
     print("\n".join(about(machine())))
     print(
-        f"{path.name}, cache {options.cache} ({llm.plan.cache_bytes / MIB:.1f} MiB), policy {options.policy}, "
+        f"{path.name}, cache {options.cache} ({llm.plan.cache_bytes / MIB:.1f} MiB), "
+        f"policy {options.policy}, "
         f"predictor {options.predictor}, {options.threads} threads, {options.minutes:g} minutes"
     )
     print(
