@@ -587,7 +587,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             widths = [matrix.ne1 for matrix in group.matrices]
             row = max(row, 4 * (sum(widths) + 3 * max(widths) + 2 * group.matrices[0].ne0))
         rows = max(min(_BATCH_BYTES // row, tokens * used), tokens)
-        tables = min(_ROW_TABLE_BYTES, 8 * tokens * used * 4096)
+        # ggml's table has an entry for each slot and pair: there are no more slots than experts.
+        experts = sum(group.n_expert for group in self.layout.groups)
+        tables = min(_ROW_TABLE_BYTES, 8 * tokens * used * experts)
         threads = int(self._own_arguments["io_threads"] or _IO_THREADS)
         predicting = self._moe().prediction_bytes(self.prediction)
         return rows * row * 4 // 3 + tables + threads * _BOUNCE_BYTES + predicting

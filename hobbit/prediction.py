@@ -9,8 +9,8 @@ from typing import Any
 from .errors import UsageError
 
 KINDS = ("auto", "gate", "map", "none")
-# How many tokens' expert maps are kept where nothing else was said: a try takes less memory.
-_MAPS = {"auto": 256, "map": 1024}
+# How many tokens' expert maps are kept where nothing else was said. `auto` tries maps only if asked.
+_MAPS = {"auto": 0, "map": 1024}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ static bool has_gate(const struct hobbit_prediction *p) {
 }
 
 static bool has_maps(const struct hobbit_prediction *p) {
-    return p->kind == HOBBIT_PREDICT_MAP || p->kind == HOBBIT_PREDICT_AUTO;
+    return p->kind == HOBBIT_PREDICT_MAP || (p->kind == HOBBIT_PREDICT_AUTO && p->map_capacity != 0);
 }
 
 static int32_t most_of(int32_t n_groups, const int32_t *n_experts) {
@@ -152,7 +152,7 @@ static enum hobbit_status replace(struct hobbit_model *m, const struct hobbit_pr
     m->map_predictor = maps;
     m->prediction = *p;
     bool trial = p->kind != HOBBIT_PREDICT_NONE && !p->always;
-    hb_trial_start(&m->trial, !trial ? 1 : p->kind == HOBBIT_PREDICT_AUTO ? HB_TRIAL_ARMS : 2);
+    hb_trial_start(&m->trial, !trial ? 1 : has_gate(p) && has_maps(p) ? HB_TRIAL_ARMS : 2);
     hb_model_unlock(m);
     return HOBBIT_OK;
 }

@@ -7,6 +7,9 @@
 #include "odds.h"
 
 #define MU 0.5f
+/* For so many tokens, and every so many after them, a pair learns from right predictions too. */
+#define ALL_AT_FIRST 256u
+#define ALL_EVERY 4u
 
 /* A pair of layers. */
 struct link {
@@ -15,6 +18,7 @@ struct link {
     int32_t *order; /* [n_used + 1] the largest of them */
     bool set;      /* the matrix is */
     bool pending;  /* z is of this token */
+    uint32_t learned; /* tokens */
 };
 
 struct hb_forecast {
@@ -153,14 +157,15 @@ static int32_t learn(struct hb_forecast *f, const struct hb_router *router, stru
     for (int32_t i = 0; i < n; i++) {
         f->marked[experts[i]] = true;
     }
+    bool all = link->learned < ALL_AT_FIRST || link->learned % ALL_EVERY == 0;
     for (int32_t k = 0; k < router->n_used; k++) {
         bool chosen = f->marked[link->order[k]];
         hb_odds_count(&f->odds[ahead - 1], bin_of(link, k, router->n_used), chosen);
         right += chosen;
+        f->marked[link->order[k]] = all || !chosen;
     }
-    for (int32_t k = 0; k <= router->n_used; k++) {
-        f->marked[link->order[k]] = true;
-    }
+    f->marked[link->order[router->n_used]] |= all;
+    link->learned++;
     for (int32_t e = 0; e < router->n_expert && norm > 0; e++) {
         if (f->marked[e]) {
             correct(f, link, router, e, x, before, norm);

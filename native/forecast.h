@@ -5,6 +5,8 @@
  *
  *   W_e += MU (z_e - W_e x) x / |x|^2    for the experts that were chosen, those predicted, and the next in line
  *
+ * or, when a pair has learned for a while, for those that were predicted and not chosen or chosen and not predicted, but
+ * for every fourth token: that costs a fraction, where most predictions are right.
  * z is what the router really made of its own input. How often experts predicted with such a margin are chosen is counted
  * too: the odds of a prediction are measured, not assumed.
  *

@@ -193,7 +193,7 @@ enum hobbit_predict {
     HOBBIT_PREDICT_NONE = 0,
     HOBBIT_PREDICT_GATE = 1, /* the next layers' routers on this layer's input: see native/forecast.h */
     HOBBIT_PREDICT_MAP  = 2, /* what earlier tokens with a similar routing used (fMoE): see native/map_predictor.h */
-    HOBBIT_PREDICT_AUTO = 3, /* whichever is fastest */
+    HOBBIT_PREDICT_AUTO = 3, /* whichever is fastest: of none and gate, and of map where map_capacity is not 0 */
 };
 
 struct hobbit_prediction {

@@ -125,21 +125,21 @@ class TestKept:
 class TestMemory:
     def test_the_plan_counts_the_maps(self, bench: Bench) -> None:
         path, scratch = bench.arch("qwen3moe"), {}
-        for predict in ("none", "map", "map:maps=5000", "auto"):
+        for predict in ("none", "map", "map:maps=5000", "auto", "auto:maps=9"):
             with opened(path, "half", predict=predict) as llama:
                 lines = {line.name: line.bytes for line in llama.plan.lines}
                 scratch[predict] = lines["scratch"]
         # A map of this model: a hint of 128 numbers, and 3 layers of 8.
         grown = scratch["map:maps=5000"] - scratch["map"]
         assert grown == pytest.approx((5000 - 1024) * 2 * (128 + 3 * 8 + 20), rel=0.1)
-        assert scratch["none"] < scratch["auto"]
+        assert scratch["none"] < scratch["auto"] < scratch["auto:maps=9"]
         assert scratch["none"] < scratch["map"]
 
 
 class TestSettings:
     def test_how_many_maps(self) -> None:
         assert parse_prediction("map").map_capacity == 1024
-        assert parse_prediction("auto").map_capacity == 256
+        assert parse_prediction("auto").map_capacity == 0
         assert parse_prediction("gate").map_capacity == 0
         assert parse_prediction("auto:maps=7").map_capacity == 7
         assert str(parse_prediction("map:maps=7,depth=3")) == "map:depth=3,maps=7"
