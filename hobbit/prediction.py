@@ -9,7 +9,7 @@ from typing import Any
 from .errors import UsageError
 
 KINDS = ("auto", "gate", "map", "none")
-# How many tokens' expert maps are kept where nothing else was said. `auto` tries maps only if asked.
+# How many tokens' expert maps are kept if nothing was said: `auto` tries them only if asked.
 _MAPS = {"auto": 0, "map": 1024}
 
 

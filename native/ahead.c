@@ -5,6 +5,8 @@
 
 /* Of a pool's slots at most this share is protected or being read ahead, so that what is needed now finds room. */
 #define SHARE 4
+/* Tokens that a predictor has to learn from before it is compared with none. */
+#define LEARNING 32
 
 static struct hb_load *load_of(struct hobbit_model *m, struct hb_key key) {
     int32_t slot = hb_cache_slot(m->cache, key);
@@ -152,7 +154,7 @@ static enum hobbit_status replace(struct hobbit_model *m, const struct hobbit_pr
     m->map_predictor = maps;
     m->prediction = *p;
     bool trial = p->kind != HOBBIT_PREDICT_NONE && !p->always;
-    hb_trial_start(&m->trial, !trial ? 1 : has_gate(p) && has_maps(p) ? HB_TRIAL_ARMS : 2);
+    hb_trial_start(&m->trial, !trial ? 1 : has_gate(p) && has_maps(p) ? HB_TRIAL_ARMS : 2, LEARNING);
     hb_model_unlock(m);
     return HOBBIT_OK;
 }

@@ -2,8 +2,9 @@
 
 #include <stdbool.h>
 
-void hb_trial_start(struct hb_trial *t, int32_t n_arms) {
-    *t = (struct hb_trial) {.n_arms = n_arms, .chosen = -1, .left = HB_TRIAL_TURN};
+void hb_trial_start(struct hb_trial *t, int32_t n_arms, int32_t lead) {
+    *t = (struct hb_trial) {
+        .n_arms = n_arms, .lead = lead, .arm = n_arms > 1 && lead > 0, .chosen = -1, .left = HB_TRIAL_TURN};
 }
 
 static uint64_t median(uint64_t *samples, int32_t n) {
@@ -45,13 +46,17 @@ static void next_turn(struct hb_trial *t) {
         t->left = HB_TRIAL_REST;
     } else {
         int32_t chosen = t->chosen;
-        hb_trial_start(t, t->n_arms);
+        hb_trial_start(t, t->n_arms, 0);
         t->chosen = chosen;
     }
 }
 
 void hb_trial_took(struct hb_trial *t, uint64_t ns) {
     if (t->n_arms < 2) {
+        return;
+    }
+    if (t->lead > 0) {
+        t->arm = --t->lead > 0;
         return;
     }
     bool counts = t->turn < t->n_arms * HB_TRIAL_TURNS && t->left < HB_TRIAL_TURN;

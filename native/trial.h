@@ -15,6 +15,7 @@
 
 struct hb_trial {
     int32_t n_arms;
+    int32_t lead;     /* tokens still to come before the first comparison */
     int32_t arm;      /* in force */
     int32_t chosen;   /* by the last comparison; -1: none was finished yet */
     int32_t left;     /* tokens of the turn, or of the rest */
@@ -24,7 +25,8 @@ struct hb_trial {
     uint64_t medians[HB_TRIAL_ARMS]; /* of the last comparison */
 };
 
-void hb_trial_start(struct hb_trial *trial, int32_t n_arms);
+/* For `lead` tokens arm 1 is in force, if there is one: what has to learn first is not judged before. */
+void hb_trial_start(struct hb_trial *trial, int32_t n_arms, int32_t lead);
 /* A token took so long with the arm in force; afterwards another may be. */
 void hb_trial_took(struct hb_trial *trial, uint64_t ns);
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny
 from gates import JOB, Bench, assert_same, layout_of, opened, run
@@ -52,7 +53,7 @@ def layers(trace: Trace) -> Iterator[int]:
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
 
 
 class TestRecording:

@@ -17,7 +17,7 @@ static void the_fastest_arm_is_chosen(void) {
     const uint64_t speeds[][HB_TRIAL_ARMS] = {{90, 100, 110}, {100, 90, 95}, {100, 98, 80}};
     for (int32_t fastest = 0; fastest < 3; fastest++) {
         struct hb_trial t;
-        hb_trial_start(&t, 3);
+        hb_trial_start(&t, 3, 0);
         CHECK(t.arm == 0 && t.chosen == -1);
         tokens(&t, 3 * COMPARISON - 1, speeds[fastest]);
         CHECK_EQUAL(t.chosen, -1);
@@ -34,12 +34,12 @@ static void the_plain_arm_is_kept_within_the_margin(void) {
     const uint64_t limit = (uint64_t) (1000 * (1 - HB_TRIAL_MARGIN));
     for (uint64_t other = limit - 1; other <= limit + 1; other++) {
         struct hb_trial t;
-        hb_trial_start(&t, 2);
+        hb_trial_start(&t, 2, 0);
         tokens(&t, 2 * COMPARISON, (const uint64_t[]) {1000, other});
         CHECK_EQUAL(t.chosen, other < limit);
     }
     struct hb_trial t; /* the margin is only the plain arm's */
-    hb_trial_start(&t, 3);
+    hb_trial_start(&t, 3, 0);
     tokens(&t, 3 * COMPARISON, (const uint64_t[]) {1000, 900, 899});
     CHECK_EQUAL(t.chosen, 2);
 }
@@ -47,7 +47,7 @@ static void the_plain_arm_is_kept_within_the_margin(void) {
 static void every_arm_has_as_many_turns_and_a_drift_favours_none(void) {
     struct hb_trial t;
     int32_t turns[HB_TRIAL_ARMS] = {0}, place[HB_TRIAL_ARMS] = {0};
-    hb_trial_start(&t, 3);
+    hb_trial_start(&t, 3, 0);
     for (int32_t turn = 0; turn < 3 * HB_TRIAL_TURNS; turn++) {
         int32_t arm = t.arm;
         turns[arm]++;
@@ -65,7 +65,7 @@ static void every_arm_has_as_many_turns_and_a_drift_favours_none(void) {
 
 static void the_first_token_of_a_turn_does_not_count(void) {
     struct hb_trial t;
-    hb_trial_start(&t, 2);
+    hb_trial_start(&t, 2, 0);
     for (int i = 0; i < 2 * COMPARISON; i++) {
         bool first = t.left == HB_TRIAL_TURN;
         hb_trial_took(&t, first ? 1 : t.arm == 1 ? 50 : 100); /* what the other arm has left behind */
@@ -77,7 +77,7 @@ static void the_first_token_of_a_turn_does_not_count(void) {
 
 static void one_slow_token_decides_nothing(void) {
     struct hb_trial t;
-    hb_trial_start(&t, 2);
+    hb_trial_start(&t, 2, 0);
     for (int i = 0; i < 2 * COMPARISON; i++) {
         bool stalled = t.arm == 1 && t.left == 2;
         hb_trial_took(&t, stalled ? 1000000 : t.arm == 1 ? 50 : 100);
@@ -87,7 +87,7 @@ static void one_slow_token_decides_nothing(void) {
 
 static void after_the_rest_they_are_compared_again(void) {
     struct hb_trial t;
-    hb_trial_start(&t, 2);
+    hb_trial_start(&t, 2, 0);
     tokens(&t, 2 * COMPARISON, (const uint64_t[]) {100, 50});
     CHECK_EQUAL(t.arm, 1);
     tokens(&t, HB_TRIAL_REST - 1, (const uint64_t[]) {100, 5000});
@@ -100,14 +100,27 @@ static void after_the_rest_they_are_compared_again(void) {
 
 static void a_single_arm_is_never_compared(void) {
     struct hb_trial t;
-    hb_trial_start(&t, 1);
+    hb_trial_start(&t, 1, 0);
     for (int i = 0; i < 3 * (COMPARISON + HB_TRIAL_REST); i++) {
         hb_trial_took(&t, 7);
         CHECK_EQUAL(t.arm, 0);
     }
 }
 
+static void arm_1_leads(void) {
+    struct hb_trial t;
+    hb_trial_start(&t, 2, 3);
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQUAL(t.arm, 1);
+        hb_trial_took(&t, 1); /* is not counted */
+    }
+    CHECK(t.arm == 0 && t.n[0] == 0 && t.n[1] == 0 && t.left == HB_TRIAL_TURN);
+    hb_trial_start(&t, 1, 3);
+    CHECK_EQUAL(t.arm, 0);
+}
+
 int main(void) {
+    RUN(arm_1_leads);
     RUN(the_fastest_arm_is_chosen);
     RUN(the_plain_arm_is_kept_within_the_margin);
     RUN(every_arm_has_as_many_turns_and_a_drift_favours_none);
