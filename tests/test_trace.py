@@ -70,7 +70,7 @@ class TestRecording:
             assert mine.weights.tobytes() == theirs.weights.tobytes()
             assert (mine.probs is None) == (arch in NO_SOFTMAX)
             if mine.probs is not None and theirs.probs is not None:
-                # What gpt-oss calls so are the logits: it takes the softmax of the chosen ones only.
+                # gpt-oss calls the logits so: it takes the softmax of the chosen ones only.
                 probs = softmax(theirs.probs) if arch == "gpt-oss" else theirs.probs
                 assert np.abs(mine.probs / PROB_ONE - probs).max() < 2e-5
         assert trace.n_distinct.sum() == stats.hits + stats.misses
