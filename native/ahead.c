@@ -11,9 +11,7 @@
 static struct hb_load *load_of(struct hobbit_model *m, struct hb_key key) {
     int32_t slot = hb_cache_slot(m->cache, key);
     struct hb_load *load = slot >= 0 ? &m->pools[m->pool_of_group[key.group]].banks[key.precision].loads[slot] : NULL;
-    bool under_way = load != NULL && hb_cache_peek(m->cache, key) < 0 && load->background &&
-                     load->key.group == key.group && load->key.expert == key.expert;
-    return under_way ? load : NULL;
+    return load != NULL && load->under_way && load->background ? load : NULL;
 }
 
 static bool is_expected(const struct hobbit_model *m, struct hb_key key) {

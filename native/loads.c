@@ -75,6 +75,14 @@ static void count_ahead(struct hobbit_model *m, uint64_t bytes, bool wasted) {
     atomic_fetch_add(&m->counters.ahead_wasted_bytes, wasted ? bytes : 0);
 }
 
+/* What the slot held before was read ahead in vain, if nobody has used it. */
+static void count_unused(struct hobbit_model *m, struct hb_load *load) {
+    if (load->ahead) {
+        count_ahead(m, m->catalog.groups[load->key.group].copies[load->key.precision].expert_bytes, true);
+        load->ahead = false;
+    }
+}
+
 /* False when too much is pinned or under way. The copy has no slot yet. */
 bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool background) {
     const struct hb_group *group = &m->catalog.groups[key.group];
@@ -91,18 +99,18 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
         return false;
     }
     struct hb_load *load = &bank_of(m, key)->loads[slot];
-    if (load->ahead) { /* of what was here before, in vain */
-        count_ahead(m, m->catalog.groups[load->key.group].copies[load->key.precision].expert_bytes, true);
-    }
-    *load = (struct hb_load) {.key = key, .slot = slot, .background = background, .nested = nested ? group : NULL,
-                           .with_low = with_low, .data = slot_data(m, key, slot)};
+    count_unused(m, load);
+    *load = (struct hb_load) {.key = key, .slot = slot, .under_way = true, .background = background,
+                              .nested = nested ? group : NULL, .with_low = with_low, .data = slot_data(m, key, slot)};
     load->job.owner = load;
     add_pieces(m, &load->job, key, load->data);
     if (nested) {
-        load->low_data = slot_data(m, hb_key_in(key, HOBBIT_LOW), hb_cache_slot(m->cache, hb_key_in(key, HOBBIT_LOW)));
+        struct hb_key low = hb_key_in(key, HOBBIT_LOW);
+        load->low_data = slot_data(m, low, hb_cache_slot(m->cache, low));
         load->job.finish = merge_planes;
         if (with_low) {
-            add_pieces(m, &load->job, hb_key_in(key, HOBBIT_LOW), load->low_data);
+            count_unused(m, &bank_of(m, low)->loads[hb_cache_slot(m->cache, low)]);
+            add_pieces(m, &load->job, low, load->low_data);
         }
     }
     *(background ? &m->in_background : &m->in_foreground) += 1;
@@ -149,7 +157,7 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
         return hb_model_start_read(m, key, false) ? HB_FETCH_STARTED : HB_FETCH_WAIT;
     }
     struct hb_load *load = &bank_of(m, key)->loads[claimed];
-    if (load->background && load->key.expert == key.expert && load->key.group == key.group) {
+    if (load->under_way && load->background) {
         if (!hb_reader_promote(m->reader, &load->job)) {
             return HB_FETCH_WAIT; /* it was given up, and has not ended yet */
         }
@@ -189,6 +197,7 @@ static void release_low(struct hobbit_model *m, const struct hb_load *load) {
 /* False when the read failed. */
 static bool take_in(struct hobbit_model *m, struct hb_load *load) {
     const struct hb_job *job = &load->job;
+    load->under_way = false;
     if (load->nested != NULL) {
         release_low(m, load);
     }

@@ -20,6 +20,7 @@ struct hb_load {
     struct hb_job job;
     struct hb_key key;
     int32_t slot;
+    bool under_way;  /* else the rest is of the read before: a low copy may also come with its high one */
     bool background; /* nobody waits for it */
     bool ahead;      /* it was predicted, and has not been used yet */
     /* Of a nested high copy: the low one that it is made from, pinned; `with_low` when it is read by the same job. */
