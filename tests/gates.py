@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ import pytest
 import tiny
 
 import hobbit
+from hobbit._native import lib
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import Layout, build_layout
+from hobbit.stats import Stats
 from hobbit.stock import Job, Logits, StockProcess, collect
 from hobbit.verify import cache_bytes
 
@@ -140,3 +143,10 @@ def in_threads(*calls: Callable[[], None]) -> None:
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "a call hangs"
+
+
+def settled(llm: hobbit.Llama) -> Stats:
+    """The counters, when what was read ahead has been taken in."""
+    while lib.hobbit_model_settle(llm._moe()._handle):
+        time.sleep(0.001)
+    return llm.stats
