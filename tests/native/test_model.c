@@ -1065,6 +1065,38 @@ static void begin(struct hobbit_model *m, int32_t group) {
     hb_model_unlock(m);
 }
 
+/* In the slot that an earlier read ahead of the same low copy had. */
+static void a_low_copy_that_comes_with_its_high_one_is_no_read_of_its_own(void) {
+    const struct hobbit_matrix nested[] = {
+        {.name = "n.up", .file = 0, .ne0 = 32, .ne1 = 64, .offset = 4096, .expert_bytes = 64 * 34, .plane_bytes = 64 * 16},
+        {.name = "n.up", .precision = HOBBIT_LOW, .file = 0, .ne0 = 32, .ne1 = 64, .offset = 65536,
+         .expert_bytes = 64 * 20},
+    };
+    struct hobbit_options options = describe(HOBBIT_IO_BUFFERED);
+    options.matrices = nested, options.n_matrices = 2, options.n_groups = 1;
+    struct hobbit_model *m = open_described(options);
+    uint64_t h = hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH), l = hobbit_model_slot_bytes(m, 0, HOBBIT_LOW);
+    const struct hobbit_pool pool = {.bytes = EXPERTS * (h + l), .slot_bytes = {h, l}, .n_slots = {EXPERTS, EXPERTS}};
+    CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[]) {0}, err, sizeof err), HOBBIT_OK);
+    hb_model_lock(m);
+    CHECK(!hb_model_expect(m, 0, 1, (int32_t[]) {0}, (int32_t[]) {HOBBIT_LOW}, (float[]) {1}));
+    hb_model_unlock(m);
+    settled(m);
+    CHECK(is_cached(m, low(0)));
+    hobbit_model_forget(m);
+    CHECK(!is_cached(m, low(0)));
+    hb_model_lock(m);
+    int32_t slot = -1;
+    CHECK_EQUAL(hb_model_fetch(m, high(0, 0), &slot), HB_FETCH_STARTED);
+    CHECK_EQUAL(hb_model_fetch(m, low(0), &slot), HB_FETCH_WAIT);
+    struct hb_arrival a = hb_model_arrival(m, true);
+    CHECK(!a.failed && a.key.precision == HOBBIT_HIGH && hb_model_arrival(m, true).key.expert == -1);
+    CHECK(!hb_model_has(m, low(0))); /* beside the high one it is of no use */
+    hb_model_release(m, high(0, 0));
+    hb_model_unlock(m);
+    hobbit_model_close(m);
+}
+
 static void what_is_expected_is_protected_until_its_layer_begins(void) {
     for (int how = 0; how < 3; how++) {
         struct hobbit_model *m = one_pool_model(8);
@@ -1369,6 +1401,7 @@ int main(void) {
 
     RUN(what_is_waited_for_goes_before_the_background);
     RUN(what_is_expected_is_protected_until_its_layer_begins);
+    RUN(a_low_copy_that_comes_with_its_high_one_is_no_read_of_its_own);
     RUN(what_is_expected_of_another_layer_stays);
     RUN(what_is_missing_is_read_ahead);
     RUN(a_share_of_the_cache_is_expected_at_most);
