@@ -7,7 +7,8 @@
  * A slot is FREE, LOADING (claimed, its bytes are the reader's) or READY. A pinned slot is never evicted; pins are
  * counted, and a LOADING slot has one. What is known of an expert's uses is kept whether it is cached or not, until the
  * sequence ends that used it: see records.h. Who is evicted is the policy's matter; finding it takes O(log slots +
- * layers), and nothing here allocates after hb_cache_new but hb_cache_set_policy and hb_cache_add_sequence. Not thread-safe: the model's lock covers it.
+ * layers), and nothing here allocates after hb_cache_new but hb_cache_set_policy and hb_cache_add_sequence. Not
+ * thread-safe: the model's lock covers it.
  */
 #ifndef HB_CACHE_H
 #define HB_CACHE_H

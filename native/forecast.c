@@ -50,7 +50,8 @@ struct hb_forecast *hb_forecast_new(int32_t n_groups, int32_t n_embd, int32_t n_
     }
     *f = (struct hb_forecast) {.n_groups = n_groups, .n_embd = n_embd, .n_expert = n_expert, .depth = depth};
     f->links = calloc(links, sizeof *f->links);
-    f->memory = calloc(1, links * of_link(n_embd, n_expert) + (inputs + (size_t) n_expert) * sizeof(float) + (size_t) n_expert);
+    size_t numbers = inputs + (size_t) n_expert;
+    f->memory = calloc(1, links * of_link(n_embd, n_expert) + numbers * sizeof(float) + (size_t) n_expert);
     if (f->links == NULL || f->memory == NULL) {
         hb_forecast_free(f);
         return NULL;

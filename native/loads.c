@@ -177,7 +177,8 @@ static void count_arrival(struct hobbit_model *m, struct hb_key key, bool backgr
         return;
     }
     /* Not the low one of a copy that nobody asked for: it may be in use. */
-    if (!background && !m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, hb_key_in(key, HOBBIT_LOW)) >= 0) {
+    bool replaces = !background && !m->rule.deterministic && !m->low_kept;
+    if (replaces && hb_cache_peek(m->cache, hb_key_in(key, HOBBIT_LOW)) >= 0) {
         hb_cache_drop(m->cache, hb_key_in(key, HOBBIT_LOW)); /* promoted: see hb_model_choose */
     }
 }
