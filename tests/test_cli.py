@@ -20,7 +20,8 @@ import pytest
 import tiny
 from moefile import write_moe
 
-from hobbit import cli
+from hobbit.cli import app
+from hobbit.cli.run import run
 from hobbit.errors import ModelError
 from hobbit.options import Options
 
@@ -309,7 +310,7 @@ def test_an_answer_that_cannot_be_written(model: Path, arguments: tuple[str, ...
     command = [sys.executable, "-m", "hobbit", *(text.format(model=model) for text in arguments)]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == cli.EXIT_DISK_FULL
+    assert done.returncode == app.EXIT_DISK_FULL
     last = done.stderr.splitlines()[-1]
     assert re.match(r"hobbit: error: (cannot write to stdout: )?No space left on device$", last)
 
@@ -383,14 +384,14 @@ def test_policy_and_predictor_reach_the_model(model: Path, monkeypatch: pytest.M
 
 
 def test_every_option_has_a_flag() -> None:
-    parameters = set(inspect.signature(cli.run).parameters)
+    parameters = set(inspect.signature(run).parameters)
     rejected = {"cpu_moe", "n_cpu_moe", "override_tensor"}
     ignored = {"conversation", "single_turn", "show_timings", "load_mode", "escape"}
     assert parameters - rejected - ignored == {field.name for field in fields(Options)}
 
 
 def test_defaults_are_those_of_the_options() -> None:
-    for name, parameter in inspect.signature(cli.run).parameters.items():
+    for name, parameter in inspect.signature(run).parameters.items():
         if name in Options.__dataclass_fields__:
             default = getattr(Options(), name)
             expected = None if default == () else default
@@ -400,12 +401,12 @@ def test_defaults_are_those_of_the_options() -> None:
 def test_disk_full_has_its_own_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
     error = ModelError("cannot write the demo")
     error.__cause__ = OSError(28, "No space left on device")
-    assert cli._report(error) == cli.EXIT_DISK_FULL
+    assert app._report(error) == app.EXIT_DISK_FULL
     assert capfd.readouterr().err == "hobbit: error: cannot write the demo\n"
 
 
 def test_an_unforeseen_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli._report(KeyError("x")) == 1
+    assert app._report(KeyError("x")) == 1
     assert capfd.readouterr().err.splitlines() == [
         "hobbit: error: KeyError: 'x'",
         "hint: set HOBBIT_VERBOSE=1 to see where",

@@ -15,8 +15,8 @@ import tiny
 from test_calibration import CALIBRATION
 from test_cli import hobbit, started, wait_for
 
-from hobbit import cli
 from hobbit.calibration import path_of, save
+from hobbit.cli.eval import evaluate
 from hobbit.evaluate import Row
 from hobbit.fingerprint import fingerprint
 from hobbit.gguf_file import open_gguf
@@ -166,7 +166,7 @@ def test_a_plot(model: Path, tmp_path: Path) -> None:
 
 
 def test_every_option_has_a_flag() -> None:
-    parameters = inspect.signature(cli.evaluate).parameters
+    parameters = inspect.signature(evaluate).parameters
     assert [*parameters] == [field.name for field in fields(EvalOptions)]
     for name, parameter in parameters.items():
         default = getattr(EvalOptions(), name)

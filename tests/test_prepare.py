@@ -18,8 +18,9 @@ import pytest
 from lowfiles import floats, ggml_quantize, layout_of, wide_model
 from moefile import write_moe
 
-from hobbit import cli, low_writer
+from hobbit import low_writer
 from hobbit.calibration import path_of
+from hobbit.cli import app
 from hobbit.errors import HobbitError, ModelError, ReadError, UsageError
 from hobbit.gguf_file import GGML_TYPES, open_gguf
 from hobbit.importance import UNIFORM, Importance
@@ -242,7 +243,7 @@ def test_no_space(layout: Layout, dest: Path, monkeypatch: pytest.MonkeyPatch) -
         make_low(layout, dest, "q4_0")
     free = int(str(refused.value).split("(")[1].split()[0])
     assert "are needed, 19.5 KiB are free there" in str(refused.value)
-    assert cli._report(refused.value) == cli.EXIT_DISK_FULL
+    assert app._report(refused.value) == app.EXIT_DISK_FULL
     assert not dest.exists()
     # The figure is the one that works, and the least that does.
     free -= 1
@@ -268,7 +269,7 @@ def test_a_disk_that_fills_up(
         patch.setattr(os, "pwrite", pwrite)
         with pytest.raises(HobbitError, match=r"cannot write .*low\.gguf: No space left") as full:
             make_low(layout, dest, "q4_0", threads=1)
-    assert cli._report(full.value) == cli.EXIT_DISK_FULL
+    assert app._report(full.value) == app.EXIT_DISK_FULL
     assert not dest.exists()
     make_low(layout, dest, "q4_0")
     assert dest.read_bytes() == make_low(layout, tmp_path / "whole", "q4_0").path.read_bytes()

@@ -1,7 +1,7 @@
 """Who may use whom: imports between modules of hobbit, includes between files of native.
 
-The tables are the allowed arrows, and the tests are strict both ways: an arrow that is not here
-fails, and so does one here that no file needs. The sources are read as text: nothing is imported.
+The tables are strict both ways: what is not allowed here fails, and so does an entry that no file
+needs. The sources are read as text: nothing is imported.
 """
 
 from __future__ import annotations
@@ -15,109 +15,29 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hobbit"
 NATIVE = ROOT / "native"
 
-IMPORTS: dict[str, set[str]] = {
-    # Leaves: no word of the others.
-    "_log": set(),
-    "bench_arm": set(),
-    "cpus": set(),
-    "errors": set(),
-    "folders": set(),
-    "stats": set(),
-    "stock": set(),
-    # Files and memory: nothing here runs a model.
-    "demo": {"errors", "folders"},
-    "disk": {"errors", "folders"},
-    "fingerprint": {"errors", "gguf_file"},
-    "gguf_file": {"errors"},
-    "hub": {"errors"},
-    "texts": {"errors"},
-    "layout": {"errors", "gguf_file"},
-    "memory": {"errors", "layout", "sizes"},
-    "sizes": {"errors"},
-    "usage": {"folders"},
-    # The low-precision copy.
-    "importance": {"errors", "gguf_file", "layout"},
-    "low_file": {"errors", "fingerprint", "folders", "gguf_file", "layout", "low_types"},
-    "low_types": {"errors", "gguf_file", "layout"},
-    "low_writer": {
-        "_native", "errors", "gguf_file", "importance", "layout", "low_file", "low_types", "sizes",
+# A module uses modules of its own layer and of those above it in this list, never in a circle.
+LAYERS: dict[str, set[str]] = {
+    "leaves": {"_log", "bench_arm", "cpus", "errors", "folders", "stats", "stock"},
+    "files and settings": {
+        "calibration", "demo", "disk", "fingerprint", "gguf_file", "hub", "importance", "layout",
+        "low_file", "low_types", "memory", "policy", "prediction", "quality", "rule", "schedule",
+        "sizes", "texts", "trace", "trace_summary", "usage",
     },
-    "prepare": {
-        "_native", "calibration", "cpus", "errors", "gguf_file", "importance", "layout", "low_file",
-        "low_types", "low_writer",
+    "native": {
+        "_native", "batches", "low_writer", "nested", "prepare", "simulate", "streamed", "structs",
     },
-    # What a quality means.
-    "calibration": {"errors", "rule"},
-    "quality": {
-        "calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule",
+    "running a model": {"__init__", "forced", "generate", "llama", "verify"},
+    "measuring": {
+        "bench", "calibrate", "cgroup", "choices", "evaluate", "lab", "search", "tracing", "tune",
     },
-    "policy": {"errors"},
-    "prediction": {"errors"},
-    "rule": {"errors"},
-    # Running one.
-    "_native": {"errors"},
-    "batches": {"errors"},
-    "nested": {"_native", "errors", "gguf_file", "layout", "sizes"},
-    "llama": {
-        "_log", "_native", "batches", "cpus", "errors", "fingerprint", "gguf_file", "layout",
-        "memory", "policy", "prediction", "quality", "rule", "schedule", "sizes", "stats",
-        "streamed", "usage",
+    "asking and showing": {
+        "bench_options", "bench_rows", "modes", "options", "plot", "render", "report", "simulating",
     },
-    "schedule": {"errors"},
-    "streamed": {
-        "_log", "_native", "batches", "errors", "layout", "memory", "policy", "prediction", "rule",
-        "structs",
+    "commands": {
+        "__main__", "cli", "cli.app", "cli.bench", "cli.console", "cli.eval", "cli.flags",
+        "cli.loading", "cli.prepare", "cli.run", "cli.signals", "cli.simulate", "cli.trace",
+        "cli.verify",
     },
-    "structs": {"_native", "policy", "rule"},
-    "trace": {"errors"},
-    "trace_summary": {"trace"},
-    "tracing": {"errors", "forced", "llama", "trace"},
-    "generate": {"errors", "llama", "stats"},
-    "verify": {"cpus", "errors", "gguf_file", "layout", "llama", "memory", "stock"},
-    # What a cache would have done.
-    "lab": {"errors", "memory", "policy", "rule", "simulate", "sizes", "trace", "tune"},
-    "simulate": {
-        "_native", "errors", "memory", "policy", "rule", "sizes", "structs", "trace",
-    },
-    "tune": {"errors", "policy"},
-    # What a rule costs.
-    "calibrate": {
-        "calibration", "errors", "evaluate", "fingerprint", "forced", "importance", "layout",
-        "llama", "rule", "search",
-    },
-    "choices": {"errors", "evaluate", "forced", "rule", "texts"},
-    "evaluate": {"errors", "forced", "llama", "rule", "sizes", "stats"},
-    "forced": {"errors", "llama", "rule", "stats"},
-    "search": {"calibration", "rule"},
-    # What it is compared with, and how fast it is.
-    "bench": {"cgroup", "disk", "errors", "gguf_file", "layout", "memory", "sizes"},
-    "bench_options": {
-        "bench", "bench_rows", "calibration", "errors", "layout", "memory", "options", "policy",
-        "prediction", "quality", "sizes", "texts",
-    },
-    "bench_rows": {"bench", "cpus", "policy", "prediction", "sizes"},
-    "cgroup": {"errors"},
-    # What a person touches.
-    "__init__": {"errors", "llama"},
-    "__main__": {"cli"},
-    "cli": {
-        "bench", "bench_options", "bench_rows", "calibrate", "calibration", "choices", "demo",
-        "errors", "evaluate", "fingerprint", "forced", "generate", "gguf_file", "hub", "importance",
-        "layout", "llama", "low_file", "low_writer", "memory", "modes", "nested", "options", "plot",
-        "prepare", "quality", "render", "report", "rule", "simulating", "sizes", "stock", "texts",
-        "trace", "tracing", "verify",
-    },
-    "options": {
-        "cpus", "errors", "generate", "gguf_file", "layout", "policy", "prediction", "quality",
-    },
-    "render": {"generate", "layout", "low_writer", "memory", "quality", "sizes", "stats", "verify"},
-    "modes": {"calibration", "errors", "fingerprint", "gguf_file", "layout", "low_file", "rule"},
-    "plot": {"errors"},
-    "report": {
-        "calibration", "choices", "evaluate", "lab", "plot", "rule", "sizes", "trace",
-        "trace_summary",
-    },
-    "simulating": {"lab", "plot", "render", "report"},
 }  # fmt: skip
 
 # Packages that only these modules may import.
@@ -155,7 +75,17 @@ THIRD_PARTY: dict[str, set[str]] = {
         "verify",
     },
     "rich": {"render"},
-    "typer": {"cli"},
+    "typer": {
+        "cli.app",
+        "cli.bench",
+        "cli.eval",
+        "cli.flags",
+        "cli.prepare",
+        "cli.run",
+        "cli.simulate",
+        "cli.trace",
+        "cli.verify",
+    },
 }
 
 # A source file includes its own header besides.
@@ -281,25 +211,34 @@ GGML: dict[str, set[str]] = {
 }
 
 
+def module_name(path: Path) -> str:
+    """Return the dotted name of a module in hobbit: `cli.run`; a package has its own name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
 def imports_of(path: Path) -> Iterator[str]:
     """Yield the dotted name of everything that a module imports, also inside its functions."""
+    package = ("hobbit", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = f"hobbit.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-            yield base
-            if base == "hobbit":
-                yield from (f"hobbit.{alias.name}" for alias in node.names)
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            # `from . import demo` names a module; anything else is of the module itself.
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if name.removeprefix("hobbit.") in FILES}
+            yield from modules or {module}
 
 
 def our_imports(path: Path) -> set[str]:
-    modules = {file.stem for file in PACKAGE.glob("*.py")}
-    parts = (name.split(".") for name in imports_of(path))
-    found = {name[1] if len(name) > 1 else "__init__" for name in parts if name[0] == "hobbit"}
-    # `from hobbit import demo` names a module; the package itself is meant only otherwise.
-    ours = found & modules
-    return ours - {"__init__"} if ours != {"__init__"} else ours
+    ours = {name for name in imports_of(path) if name.split(".")[0] == "hobbit"}
+    named = {name.removeprefix("hobbit").lstrip(".") or "__init__" for name in ours}
+    return named - {"_hobbit"}  # the compiled binding
 
 
 def includes_of(path: Path) -> set[str]:
@@ -329,17 +268,21 @@ def cycle(arrows: Mapping[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-def test_imports_follow_the_table() -> None:
-    real = {path.stem: our_imports(path) for path in PACKAGE.glob("*.py")}
-    assert difference(real, IMPORTS) == []
-    assert cycle(IMPORTS) == []
+def test_imports_follow_the_layers() -> None:
+    depth = {name: depth for depth, names in enumerate(LAYERS.values()) for name in names}
+    assert sum(map(len, LAYERS.values())) == len(depth)
+    assert sorted(depth) == sorted(FILES)
+    arrows = {name: our_imports(path) for name, path in FILES.items()}
+    upwards = [(a, b) for a, to in arrows.items() for b in to if depth[b] > depth[a]]
+    assert upwards == []
+    assert cycle(arrows) == []
 
 
 def test_third_party_packages_stay_where_they_belong() -> None:
     real: dict[str, set[str]] = {name: set() for name in THIRD_PARTY}
-    for path in PACKAGE.glob("*.py"):
+    for module, path in FILES.items():
         for name in {name.split(".")[0] for name in imports_of(path)} & real.keys():
-            real[name].add(path.stem)
+            real[name].add(module)
     assert difference(real, THIRD_PARTY) == []
 
 

@@ -1,0 +1,257 @@
+"""hobbit run: text from a prompt."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..render import Screen, model_line, resident_lines, run_report, stats_line, verbose_lines
+from .console import mute, read_stdin, write
+from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, dead, flag, ignored
+from .loading import check_name, load, model_path
+from .signals import signal_code
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+    from ..options import Options
+
+
+def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]...",
+            help="Path of a .gguf file (of the first part), or demo (the default: a small model "
+            "made on first use); then the prompt.",
+        ),
+    ] = None,
+    model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
+    hf_repo: Annotated[
+        str | None,
+        flag("-hf", "--hf-repo", help="Hugging Face repository: user/name[:quantisation]."),
+    ] = None,
+    hf_file: Annotated[str | None, flag("-hff", "--hf-file", help="File in it.")] = None,
+    prompt: Annotated[str | None, flag("-p", "--prompt", help="The prompt.")] = None,
+    file: Annotated[Path | None, flag("-f", "--file", help="Read the prompt from FILE.")] = None,
+    system_prompt: Annotated[
+        str | None, flag("-sys", "--system-prompt", "--system", help="System prompt.")
+    ] = None,
+    system_prompt_file: Annotated[
+        Path | None, flag("-sysf", "--system-prompt-file", help="Read it from FILE.")
+    ] = None,
+    raw: Annotated[bool, flag("--raw", help="Complete the text; apply no chat template.")] = False,
+    predict: Annotated[
+        int | None,
+        flag(
+            "-n",
+            "--predict",
+            "--n-predict",
+            "--max-tokens",
+            help="Tokens to generate; 0: only read the prompt; -1: until the end of the answer "
+            "(default: -1; demo: 256).",
+        ),
+    ] = None,
+    ctx_size: Annotated[
+        int | None,
+        flag(
+            "-c",
+            "--ctx-size",
+            min=0,
+            help="Context size; 0: the model's own (default: the same, up to 4096).",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    threads_batch: Annotated[
+        int | None, flag("-tb", "--threads-batch", help="Threads for the prompt (as -t).")
+    ] = None,
+    batch_size: Annotated[int, flag("-b", "--batch-size", min=1, help="Logical batch.")] = 2048,
+    ubatch_size: Annotated[int, flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
+    gpu_layers: Annotated[
+        str, flag("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on a GPU.")
+    ] = "auto",
+    flash_attn: Annotated[str, flag("-fa", "--flash-attn", help="on, off or auto.")] = "auto",
+    cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
+    cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    temp: Annotated[
+        float | None,
+        flag("--temp", "--temperature", min=0, help="0: always the likeliest (model's, or 0.8)."),
+    ] = None,
+    top_k: Annotated[
+        int | None, flag("--top-k", help="Sample from the K likeliest (model's, or 40).")
+    ] = None,
+    top_p: Annotated[
+        float | None, flag("--top-p", help="Sample from this mass (model's, or 0.95).")
+    ] = None,
+    min_p: Annotated[
+        float | None, flag("--min-p", help="Least share of the best (model's, or 0.05).")
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, flag("--repeat-penalty", help="1: none (model's, or 1).")
+    ] = None,
+    seed: Annotated[int, flag("-s", "--seed", help="Seed; -1: random.")] = -1,
+    reverse_prompt: Annotated[
+        list[str] | None, flag("-r", "--reverse-prompt", help="Stop at this text (repeatable).")
+    ] = None,
+    grammar: Annotated[str | None, flag("--grammar", help="GBNF grammar of the answer.")] = None,
+    grammar_file: Annotated[Path | None, flag("--grammar-file", help="Read it from FILE.")] = None,
+    json_schema: Annotated[
+        str | None, flag("-j", "--json-schema", help="JSON schema of the answer.")
+    ] = None,
+    json_schema_file: Annotated[
+        Path | None, flag("-jf", "--json-schema-file", help="Read it from FILE.")
+    ] = None,
+    memory: Annotated[
+        str,
+        flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
+    ] = "auto",
+    policy: Annotated[str, flag("--policy", help=POLICY_HELP)] = "decay",
+    predictor: Annotated[str, flag("--predictor", help=PREDICTOR_HELP)] = "auto",
+    quality: Annotated[
+        str,
+        flag(
+            "-Q",
+            "--quality",
+            help="exact, high, balanced, fast, or the mean KL divergence to exact that is allowed, "
+            "as 0.02. All but exact need hobbit prepare.",
+        ),
+    ] = "exact",
+    t1: Annotated[
+        float | None,
+        flag("--t1", help="For experts: score above which low precision will do.", max=1),
+    ] = None,
+    t2: Annotated[
+        float | None,
+        flag("--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1),
+    ] = None,
+    patience: Annotated[
+        int,
+        flag(
+            "--patience",
+            min=0,
+            max=65535,
+            help="Read an expert's high copy when it was needed so often; use a low one before.",
+        ),
+    ] = 0,
+    deterministic: Annotated[
+        bool,
+        flag("--deterministic", help="The same text whatever the cap, the cache and the disk."),
+    ] = False,
+    low_file: Annotated[
+        Path | None,
+        flag("--low-file", help="GGUF with the experts in fewer bits (default: prepare's)."),
+    ] = None,
+    resident_low: Annotated[
+        str,
+        flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
+    ] = "auto",
+    warm_start: Annotated[
+        bool,
+        flag(
+            "--warm-start/--no-warm-start",
+            help="Read ahead, in the background, the experts that earlier runs used most.",
+        ),
+    ] = True,
+    record: Annotated[
+        Path | None,
+        flag("--record", help="Write the precision that each expert gets to FILE."),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        flag("--replay", help="Give the experts the precisions recorded in FILE."),
+    ] = None,
+    io: Annotated[str, flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
+    io_threads: Annotated[int, flag("--io-threads", min=0, help="Reading threads; 0: chosen.")] = 0,
+    json_output: Annotated[
+        bool, flag("--json", help="Print one JSON object instead of the answer.")
+    ] = False,
+    no_stream: Annotated[
+        bool, flag("--no-stream", help="Print the answer when it is whole.")
+    ] = False,
+    verbose: Annotated[
+        int,
+        flag("--verbose", "-v", count=True, help="Show plan and timings; -vv: llama.cpp's log."),
+    ] = 0,
+    quiet: Annotated[bool, flag("--quiet", "-q", help="Print nothing but the answer.")] = False,
+    color: Annotated[str, flag("--color", help="auto, always or never.")] = "auto",
+    cpu_moe: Annotated[bool, dead("-cmoe", "--cpu-moe")] = False,
+    n_cpu_moe: Annotated[str | None, dead("-ncmoe", "--n-cpu-moe")] = None,
+    override_tensor: Annotated[str | None, dead("-ot", "--override-tensor")] = None,
+    conversation: Annotated[
+        bool, ignored("-cnv", "--conversation", "-no-cnv", "--no-conversation")
+    ] = False,
+    single_turn: Annotated[bool, ignored("-st", "--single-turn")] = False,
+    show_timings: Annotated[bool, ignored("--show-timings", "--no-show-timings")] = False,
+    load_mode: Annotated[bool, ignored("--mmap", "--no-mmap", "--mlock")] = False,
+    escape: Annotated[bool, ignored("-e", "--escape")] = False,
+) -> int:
+    """Generate text from a prompt."""
+    from ..options import Options
+
+    return _run(chosen(Options, locals()))
+
+
+def _run(options: Options) -> int:
+    from ..generate import Prompt, generate, has_chat_template
+    from ..gguf_file import open_gguf
+    from ..layout import build_layout
+    from ..memory import resolve_cap
+    from ..options import (
+        DEMO_PROMPT,
+        chosen_quality,
+        grammar,
+        read_prompt,
+        sampling,
+        system_prompt,
+    )
+
+    screen = Screen(options.quiet, options.color)
+    check_name(options)
+    # What needs no model to be found wrong is told before one is fetched, made or loaded.
+    resolve_cap(options.memory)
+    answer_grammar = grammar(options)
+    text = read_prompt(options, read_stdin(screen))
+    system = system_prompt(options)
+    path = model_path(options, screen)
+    layout = build_layout(open_gguf(path))
+    settings = sampling(options, layout.gguf.get, answer_grammar)
+    quality = chosen_quality(options, layout)
+    if not text:
+        text = DEMO_PROMPT
+        screen.say(f"no prompt given, so the demo is asked: {text}")
+    start = time.monotonic()
+    screen.say(model_line(layout), *resident_lines(layout))
+    with closing(load(layout, options, quality, screen)) as llm, _schedule(llm, options):
+        load_s = time.monotonic() - start
+        io = llm.stats.io or "none"
+        facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
+        screen.say(f"io: {io}   {facts}")
+        chat = has_chat_template(llm) and not options.raw
+        if system and not chat:
+            screen.say("the system prompt is not used: there is no chat template, or --raw")
+        whole = options.no_stream or options.json_output
+        result = generate(llm, Prompt(text, system, chat), settings, mute if whole else write)
+        if options.json_output:
+            config = options.resolved(settings) | {"model": str(path), "chat": chat}
+            config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
+            report = run_report(result, llm.plan, llm.quality, config, load_s)
+            write(json.dumps(report, ensure_ascii=False))
+        elif whole:
+            write(result.text)
+        write("\n")
+        if options.verbose:
+            screen.say(*verbose_lines(result, load_s))
+        screen.say(stats_line(result, llm.quality))
+    return 0 if result.signal is None else signal_code(result.signal)
+
+
+def _schedule(llm: Llama, options: Options) -> AbstractContextManager[None]:
+    if options.record:
+        return llm.recorded(options.record.expanduser())
+    return llm.replayed(options.replay.expanduser()) if options.replay else nullcontext()

@@ -1,0 +1,102 @@
+"""hobbit simulate: what other caches would have read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..render import Screen
+from .console import write
+from .flags import flag
+
+
+def simulate(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...",
+            help="Files of hobbit trace, of one model; each further one is another sequence.",
+        ),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            metavar="NAME[:SETTINGS]",
+            help="Compare this (repeatable): belady, decay, hobbit, lcu, lfru, lfu or lru, as in "
+            "decay:half_life=64,w_fld=0.1 (default: all).",
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE",
+            help="Size of the cache (repeatable): 4G, 55% of all experts, or '200 slots' "
+            "(default: 25%, 50%, 75%).",
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="NAME=VALUES",
+            help="Compare a setting's values, as half_life=32,64 (repeatable: every combination).",
+        ),
+    ] = None,
+    tune: Annotated[
+        bool, flag("--tune", help="Print the settings that read the least, of decay and hobbit.")
+    ] = False,
+    predict: Annotated[
+        str, flag("--predict", help="none, or recorded: the trace's own predictions.")
+    ] = "none",
+    odds: Annotated[
+        float, flag("--odds", min=0, max=1, help="Read ahead what has at least these odds.")
+    ] = 0.0,
+    t1: Annotated[
+        float | None,
+        flag("--t1", help="For experts: score above which low precision will do.", max=1),
+    ] = None,
+    t2: Annotated[
+        float | None,
+        flag("--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1),
+    ] = None,
+    patience: Annotated[
+        int,
+        flag("--patience", min=0, max=65535, help="As in hobbit run."),
+    ] = 0,
+    deterministic: Annotated[
+        bool, flag("--deterministic", help="Let the scores decide, whatever is cached.")
+    ] = False,
+    tokens: Annotated[
+        int, flag("-n", "--tokens", min=0, help="Only the first tokens; 0: all.")
+    ] = 0,
+    skip: Annotated[int, flag("--skip", min=0, help="Tokens of warm-up that are not counted.")] = 0,
+    one_sequence: Annotated[
+        bool,
+        flag("--one-sequence", help="Forget no records of uses where another sequence begins."),
+    ] = False,
+    disk: Annotated[
+        str, flag("--disk", help="Speed of the disk in bytes a second, for the modelled tok/s.")
+    ] = "500M",
+    compute_ms: Annotated[
+        float, flag("--compute-ms", min=0, help="Milliseconds that computing a token takes.")
+    ] = 90.0,
+    plot: Annotated[
+        Path | None, flag("--plot", help="Draw bytes a token against the cache into this PNG.")
+    ] = None,
+    json_output: Annotated[
+        bool, flag("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> int:
+    """Replay routing traces: what would other caches and policies have read?"""
+    values = dict(locals())
+
+    from ..simulating import simulating
+
+    for name in ("traces", "policy", "budget", "sweep"):
+        values[name] = tuple(values[name] or ())
+    write(simulating(values, Screen()))
+    return 0
