@@ -296,9 +296,9 @@ int32_t hobbit_model_load_maps(struct hobbit_model *model, const char *path, con
 /* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. Those that
  * hobbit_model_rows tells apart are sequences beside it, but for number 0, which is this one. */
 void hobbit_model_new_sequence(struct hobbit_model *model);
-/* Say whose the rows of the next llama_decode are, for the policy and the trace: what is computed does not depend on it.
- * From the first layer on that has other rows, and from the next call with NULL on, rows are sequence 0's. HOBBIT_ARG: a
- * number makes no sense. */
+/* Say whose the rows of the next llama_decode are, for the policy and the trace: what is computed does not depend on
+ * it. From the first layer on that has other rows, and from the next call with NULL on, rows are sequence 0's.
+ * HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_rows(struct hobbit_model *model, const struct hobbit_rows *rows, char *err, size_t err_len);
 /* One that hobbit_model_rows named is over, or its number is given to another: what the policy knows of its uses is out
  * of date, and of the others' is not. */
