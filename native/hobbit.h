@@ -258,7 +258,9 @@ int32_t hobbit_model_open(const struct hobbit_options *options, struct hobbit_mo
                           size_t err_len);
 /* Bytes one slot of this group takes in the arena, padding for direct I/O included. */
 uint64_t hobbit_model_slot_bytes(const struct hobbit_model *model, int32_t group, int32_t precision);
-/* Reserve the arena. `pool_of_group` has one entry a group. */
+/* Reserve the arena; `pool_of_group` has one entry a group. Again: another one in its place, from the next layer on.
+ * What was cached is dropped, and the policy (LRU again), low copies that are kept and what the cache knows of uses
+ * begin anew; hobbit_model_usage does not. HOBBIT_NOMEM leaves the model without a cache. */
 int32_t hobbit_model_allocate(struct hobbit_model *model, const struct hobbit_pool *pools, int32_t n_pools,
                               const int32_t *pool_of_group, char *err, size_t err_len);
 /* In force from the next layer on. HOBBIT_ARG: a number makes no sense, or low copies are asked for and not there. */
