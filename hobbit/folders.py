@@ -52,3 +52,12 @@ def remember(name: str, data: dict[str, Any]) -> bool:
                 os.unlink(part)
         return False
     return True
+
+
+def state_folder() -> Path:
+    """Return the folder, which may not exist yet, of what a person would miss: chats, history."""
+    shared = os.environ.get("XDG_STATE_HOME")
+    try:
+        return Path(shared or Path.home() / ".local" / "state") / "hobbit"
+    except RuntimeError:  # no home
+        return Path(tempfile.gettempdir()) / "hobbit"

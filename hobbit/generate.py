@@ -26,17 +26,23 @@ _T = TypeVar("_T")
 # has nothing to stop.
 _CANCEL_INTERVAL_S = 0.05
 
+_TICK_S = 0.25
+
 # A logit that no other exceeds.
 _FORCED = 1e9
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to answer; `chat` applies the model's chat template, which it must have."""
+    """What to answer; `chat` applies the model's chat template, which it must have.
 
-    text: str
+    `tokens` are the prompt as the model takes it, in place of all else.
+    """
+
+    text: str = ""
     system: str = ""
     chat: bool = False
+    tokens: tuple[int, ...] = ()
 
     def messages(self) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -122,8 +128,11 @@ def generate(
     prompt: Prompt,
     sampling: Sampling,
     on_text: Callable[[str], None] = lambda text: None,
+    on_tick: Callable[[], None] | None = None,
 ) -> Result:
     """Generate an answer; `on_text` gets its pieces, in the calling thread, as they come.
+
+    `on_tick` is called there too, a few times a second as long as nothing else comes.
 
     A KeyboardInterrupt ends the generation and is returned in the result. Any other exception, of
     the model or of `on_text`, is raised after the model has stopped.
@@ -132,11 +141,11 @@ def generate(
     before, start = llm.stats, time.monotonic()
     run = _Run(prompt_only=sampling.max_tokens == 0)
     worker = threading.Thread(target=_work, args=(run, llm, prompt, arguments), daemon=True)
-    worker.start()
     text: list[str] = []
     signal = None
     try:
-        while (piece := run.pieces.get()) is not None:
+        worker.start()
+        while (piece := _next_piece(run, on_tick)) is not None:
             text.append(piece)
             on_text(piece)
     except BaseException as exc:
@@ -157,6 +166,15 @@ def generate(
     stats = replace(stats, ttft_s=run.first_at - start if run.first_at else 0.0)
     reason = "cancelled" if signal else run.finish_reason
     return Result("".join(text), reason, stats, decode, signal)
+
+
+def _next_piece(run: _Run, on_tick: Callable[[], None] | None) -> str | None:
+    while on_tick is not None:
+        try:
+            return run.pieces.get(timeout=_TICK_S)
+        except queue.Empty:
+            on_tick()
+    return run.pieces.get()
 
 
 def _work(run: _Run, llm: Llama, prompt: Prompt, arguments: dict[str, Any]) -> None:
@@ -186,7 +204,8 @@ def _pieces(
     if prompt.chat:
         chunks = llm.create_chat_completion(prompt.messages(), stream=True, **arguments)
     else:
-        chunks = llm.create_completion(prompt.text, stream=True, **arguments)
+        what = list(prompt.tokens) or prompt.text
+        chunks = llm.create_completion(what, stream=True, **arguments)
     for chunk in chunks:
         choice = chunk["choices"][0]
         text = choice["delta"].get("content") if prompt.chat else choice["text"]

@@ -228,6 +228,27 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._moe().set_rule(rule)
         self.quality = self._asked_quality = Quality("rule", rule, self.layout.low)
 
+    def takes_quality(self, quality: Quality) -> bool:
+        """Whether `set_quality` can put it in force: with the cache that there is."""
+        if quality.low is not None and self.layout.low is None:
+            return False
+        return not self.plan.low_is_resident or quality.all_low is not None
+
+    def set_quality(self, quality: str | float | Quality) -> None:
+        """Change the quality of a loaded model; it is in force from the next layer on.
+
+        Raises UsageError, and changes nothing, where that needs another cache: where the model was
+        loaded without the low copies, or keeps all of them in memory.
+        """
+        if not isinstance(quality, Quality):
+            deterministic = self._own_arguments["deterministic"]
+            quality = choose(self.layout, quality, deterministic=deterministic)
+        if not self.takes_quality(quality):
+            raise UsageError(f"quality {quality.name} needs the model to be loaded with it")
+        settled = self._settled(quality.at(self.plan.cached_share))
+        self._moe().set_rule(settled.rule)
+        self._asked_quality, self.quality = quality, settled
+
     def set_memory(self, memory: str | int) -> None:
         """Change the cap of a loaded model, from any thread and also while it generates.
 
@@ -491,16 +512,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Make the expert cache of the plan, with its policy and the rule that fits it."""
         streamed.allocate(self.plan.pools)
         streamed.set_policy(self.policy)
-        if self.rule == ALL_LOW and self.quality.all_low is not None:
-            # Everything may be low; but what there is room for can be high, where it is asked for.
-            if self.plan.low_is_resident:
-                self.quality = replace(self.quality, rule=Rule(1.0, 1.0))
-            elif self.plan.mode == "resident-experts":
-                self.quality = replace(self.quality, rule=Rule(1.0, 1.0, patience=2))
+        self.quality = self._settled(self.quality)
         if self.rule != EXACT or self.plan.low_is_resident:
             streamed.set_rule(self.rule)
         if self.plan.low_is_resident:
             streamed.keep_low()
+
+    def _settled(self, quality: Quality) -> Quality:
+        """Return the quality with the rule that fits the plan.
+
+        Where everything may be low, what there is room for can be high, where it is asked for.
+        """
+        if quality.rule == ALL_LOW and quality.all_low is not None:
+            if self.plan.low_is_resident:
+                return replace(quality, rule=Rule(1.0, 1.0))
+            if self.plan.mode == "resident-experts":
+                return replace(quality, rule=Rule(1.0, 1.0, patience=2))
+        return quality
 
     def _warm(self, streamed: StreamedModel) -> None:
         """Start to read what earlier runs used most; all experts where there is room for all."""

@@ -99,6 +99,9 @@ class Options:
     io_threads: int = 0
     json_output: bool = False
     no_stream: bool = False
+    think: bool | None = None
+    hide_thinking: bool = False
+    panel: bool = False
     verbose: int = 0
     quiet: bool = False
     color: str = "auto"
@@ -140,6 +143,13 @@ class Options:
     @property
     def prompt_words(self) -> tuple[str, ...]:
         return self.words if self.model or self.hf_repo else self.words[1:]
+
+    @property
+    def wants_chat(self) -> bool:
+        """Whether nothing speaks against a conversation: no prompt, and nothing for one answer."""
+        prompt = self.prompt or self.file or self.prompt_words
+        once = self.json_output or self.record or self.replay or self.predict == 0
+        return not (prompt or once)
 
     def resolved(self, settings: Sampling) -> dict[str, Any]:
         """Return all settings as plain data, with the values that were chosen in place of None."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,8 +48,15 @@ class Screen:
     def say(self, *lines: str) -> None:
         if self.quiet:
             return
-        for line in lines:
+        for line in self._broken(lines) if self.terminal else lines:
             print(f"\x1b[2m{line}\x1b[0m" if self.color else line, file=self.stream, flush=True)
+
+    @staticmethod
+    def _broken(lines: Sequence[str]) -> Iterator[str]:
+        """Yield lines that fit the terminal, broken between words."""
+        width = max(shutil.get_terminal_size().columns - 1, 20)
+        for line in (part for line in lines for part in line.split("\n")):
+            yield from textwrap.wrap(line, width, subsequent_indent="  ") or [""]
 
     def error(self, message: str, hint: str = "") -> None:
         """Report an error in one line, also when quiet."""
@@ -200,11 +209,11 @@ def resident_lines(layout: Layout) -> list[str]:
 def stats_line(result: Result, quality: Quality) -> str:
     """Return the line that ends every run."""
     stats = result.stats
-    prompt = f"{stats.tokens_prompt} tok prompt, {_rate(stats.prompt_tok_s)} tok/s"
+    prompt = f"{stats.tokens_prompt} tok prompt, {rate(stats.prompt_tok_s)} tok/s"
     first = f"first token {stats.ttft_s:.1f} s" if stats.ttft_s else "no token"
     parts = [
-        f"{result.tokens} tok, {_rate(stats.tok_s)} tok/s, {first} ({prompt})",
-        f"mem {_of_cap(stats.peak_bytes, stats.cap_bytes)}",
+        f"{result.tokens} tok, {rate(stats.tok_s)} tok/s, {first} ({prompt})",
+        f"mem {of_cap(stats.peak_bytes, stats.cap_bytes)}",
     ]
     if stats.mode == "resident":
         parts.append("resident")
@@ -212,7 +221,7 @@ def stats_line(result: Result, quality: Quality) -> str:
         decode = result.decode if result.decode.hits + result.decode.misses else stats
         parts.append(quality.name)
         if decode.pairs_low or decode.pairs_skip:
-            parts.append(_shares(decode))
+            parts.append(shares(decode))
         parts.append(f"hit {100 * decode.hit_rate:.0f} %")
         parts.append(f"{decode.mib_per_token:.0f} MiB/tok")
         parts.append(f"stall {100 * decode.stall_share:.0f} %")
@@ -221,18 +230,18 @@ def stats_line(result: Result, quality: Quality) -> str:
     return f"[{' | '.join(parts)}]"
 
 
-def _shares(stats: Stats) -> str:
+def shares(stats: Stats) -> str:
     """Return what share of the experts had which precision."""
     names = {"high": stats.pairs_high, "low": stats.pairs_low, "skip": stats.pairs_skip}
     total = sum(names.values())
     return " ".join(f"{name} {100 * pairs / total:.0f} %" for name, pairs in names.items() if pairs)
 
 
-def _rate(value: float) -> str:
+def rate(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _of_cap(peak: int, cap: int) -> str:
+def of_cap(peak: int, cap: int) -> str:
     if cap >= 4 * _GIB:
         return f"{peak / _GIB:.1f}/{cap / _GIB:.1f} GiB"
     return f"{peak >> 20}/{cap >> 20} MiB"
@@ -246,10 +255,10 @@ def verbose_lines(result: Result, load_s: float) -> list[str]:
         ("load duration", f"{load_s:.2f} s"),
         ("prompt eval count", f"{stats.tokens_prompt} token(s)"),
         ("prompt eval duration", f"{stats.prompt_s:.2f} s"),
-        ("prompt eval rate", f"{_rate(stats.prompt_tok_s)} tokens/s"),
+        ("prompt eval rate", f"{rate(stats.prompt_tok_s)} tokens/s"),
         ("eval count", f"{stats.tokens_generated} token(s)"),
         ("eval duration", f"{stats.decode_s:.2f} s"),
-        ("eval rate", f"{_rate(stats.tok_s)} tokens/s"),
+        ("eval rate", f"{rate(stats.tok_s)} tokens/s"),
     ]
     if stats.mode != "resident":
         rows += [

@@ -33,10 +33,15 @@ LAYERS: dict[str, set[str]] = {
     "asking and showing": {
         "bench_options", "bench_rows", "modes", "options", "plot", "render", "report", "simulating",
     },
+    "chat": {
+        "chat", "chat.bottom", "chat.commands", "chat.display", "chat.flow", "chat.loop",
+        "chat.screen", "chat.session", "chat.settings", "chat.template", "chat.transcript",
+        "chat.view",
+    },
     "commands": {
-        "__main__", "cli", "cli.app", "cli.bench", "cli.console", "cli.eval", "cli.flags",
-        "cli.loading", "cli.prepare", "cli.run", "cli.signals", "cli.simulate", "cli.trace",
-        "cli.verify",
+        "__main__", "cli", "cli.app", "cli.bench", "cli.chat", "cli.console", "cli.eval",
+        "cli.flags", "cli.loading", "cli.prepare", "cli.run", "cli.signals", "cli.simulate",
+        "cli.trace", "cli.verify",
     },
 }  # fmt: skip
 
@@ -50,6 +55,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "_log",
         "_native",
         "bench_arm",
+        "chat.template",
         "forced",
         "generate",
         "llama",
@@ -74,6 +80,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "trace_summary",
         "verify",
     },
+    "prompt_toolkit": {"chat.screen"},
     "rich": {"render"},
     "typer": {
         "cli.app",
@@ -86,6 +93,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "cli.trace",
         "cli.verify",
     },
+    "wcwidth": {"chat.flow"},
 }
 
 # A source file includes its own header besides.

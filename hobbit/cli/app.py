@@ -148,3 +148,4 @@ for _name, _command in (
     ("simulate", simulate),
 ):
     app.command(_name)(_interruptible(_command))
+app.command("chat", help="Chat on a terminal: another name for run.")(_interruptible(run))

@@ -26,6 +26,11 @@ def read_stdin(screen: Screen) -> TextIO | None:
     return sys.stdin
 
 
+def is_terminal() -> bool:
+    """Whether a person can be asked: both stdin and stdout are terminals."""
+    return all(s is not None and not s.closed and s.isatty() for s in (sys.stdin, sys.stdout))
+
+
 def write(text: str) -> None:
     try:
         sys.stdout.write(text)

@@ -58,7 +58,11 @@ def load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> 
     trained = layout.gguf.get(f"{layout.gguf.arch}.context_length", 0)
     arguments = model_arguments(options, trained) | {"quality": quality}
 
+    loading = True
+
     def introduce(plan: MemoryPlan) -> None:
+        if not loading:  # a cap that is changed later is for those to tell who change it
+            return
         screen.say(mode_line(plan, quality.at(plan.cached_share)))
         screen.say(*([plan.describe()] if options.verbose else cap_lines(plan)))
 
@@ -67,4 +71,7 @@ def load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> 
 
         return Llama(str(layout.gguf.parts[0].path), on_plan=introduce, **arguments)
 
-    return interruptible(load)
+    try:
+        return interruptible(load)
+    finally:
+        loading = False

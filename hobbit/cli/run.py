@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..render import Screen, model_line, resident_lines, run_report, stats_line, verbose_lines
-from .console import mute, read_stdin, write
+from .console import is_terminal, mute, read_stdin, write
 from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, dead, flag, ignored
 from .loading import check_name, load, model_path
 from .signals import signal_code
 
 if TYPE_CHECKING:
+    from ..generate import Prompt
     from ..llama import Llama
     from ..options import Options
 
@@ -174,6 +177,19 @@ def run(
     no_stream: Annotated[
         bool, flag("--no-stream", help="Print the answer when it is whole.")
     ] = False,
+    think: Annotated[
+        bool | None,
+        flag(
+            "--think/--no-think",
+            help="Let the model think first or not, where its chat template has a switch.",
+        ),
+    ] = None,
+    hide_thinking: Annotated[
+        bool, flag("--hide-thinking", help="Do not show what stands in <think>...</think>.")
+    ] = False,
+    panel: Annotated[
+        bool, flag("--panel", help="In a chat: show hits, reads, memory and speed as they change.")
+    ] = False,
     verbose: Annotated[
         int,
         flag("--verbose", "-v", count=True, help="Show plan and timings; -vv: llama.cpp's log."),
@@ -191,13 +207,19 @@ def run(
     load_mode: Annotated[bool, ignored("--mmap", "--no-mmap", "--mlock")] = False,
     escape: Annotated[bool, ignored("-e", "--escape")] = False,
 ) -> int:
-    """Generate text from a prompt."""
+    """Generate text from a prompt; without one, on a terminal, chat."""
     from ..options import Options
 
-    return _run(chosen(Options, locals()))
+    options = chosen(Options, locals())
+    if options.wants_chat and is_terminal():
+        from .chat import chat
+
+        return chat(options)
+    return _run(options)
 
 
 def _run(options: Options) -> int:
+    from ..chat.flow import WithoutThoughts
     from ..generate import Prompt, generate, has_chat_template
     from ..gguf_file import open_gguf
     from ..layout import build_layout
@@ -236,19 +258,46 @@ def _run(options: Options) -> int:
         if system and not chat:
             screen.say("the system prompt is not used: there is no chat template, or --raw")
         whole = options.no_stream or options.json_output
-        result = generate(llm, Prompt(text, system, chat), settings, mute if whole else write)
+        prompt = Prompt(text, system, chat)
+        if options.think is not None:
+            prompt = _thinking(llm, prompt, options)
+        shown = _shown(llm, options)
+        result = generate(llm, prompt, settings, mute if whole else shown)
         if options.json_output:
             config = options.resolved(settings) | {"model": str(path), "chat": chat}
             config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
             report = run_report(result, llm.plan, llm.quality, config, load_s)
             write(json.dumps(report, ensure_ascii=False))
         elif whole:
-            write(result.text)
+            shown(result.text)
+        if isinstance(shown, WithoutThoughts):
+            shown.end()
         write("\n")
         if options.verbose:
             screen.say(*verbose_lines(result, load_s))
         screen.say(stats_line(result, llm.quality))
     return 0 if result.signal is None else signal_code(result.signal)
+
+
+def _thinking(llm: Llama, prompt: Prompt, options: Options) -> Prompt:
+    """Return the prompt as the chat template writes it when it is told to think or not."""
+    from ..chat.template import ChatTemplate
+    from ..chat.transcript import Message
+
+    template = ChatTemplate(llm, options.raw)
+    template.check_switch()
+    messages = [Message(m["role"], m["content"]) for m in prompt.messages()]
+    return replace(prompt, tokens=tuple(template.tokens(template.render(messages, options.think))))
+
+
+def _shown(llm: Llama, options: Options) -> Callable[[str], None]:
+    """Return what writes the pieces of an answer that a person wants to see."""
+    from ..chat.flow import WithoutThoughts
+    from ..chat.template import ChatTemplate
+
+    if not options.hide_thinking:
+        return write
+    return WithoutThoughts(write, ChatTemplate(llm, options.raw).opens_thoughts(options.think))
 
 
 def _schedule(llm: Llama, options: Options) -> AbstractContextManager[None]:

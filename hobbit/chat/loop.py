@@ -1,0 +1,145 @@
+"""The chat on a terminal: ask, answer, until it is left."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ..errors import HobbitError
+from ..render import Screen, stats_line, verbose_lines
+from . import view
+from .commands import Commands, Outcome, words
+from .display import Answer, Display
+from .screen import History, Input, no_echo, unquoted
+from .session import OnText, Reply, Session
+
+_Turn = Callable[[OnText, Callable[[], None]], Reply]
+
+
+class Chat:
+    """Joins a session with the terminal. Nothing that goes wrong in a turn ends it."""
+
+    def __init__(self, session: Session, display: Display, screen: Screen) -> None:
+        self._session = session
+        self._display = display
+        self._screen = screen
+        toolbar = self._toolbar if display.screen_codes else None
+        self._input = Input(words(), toolbar, display.color)
+        self._commands = Commands(session, display, self._screen.say, self._keep_history)
+        self._last_line = ""
+
+    def run(self) -> None:
+        """Go on until it is left. SIGTERM, as a kind of KeyboardInterrupt, ends it at any time."""
+        text = ""
+        while True:
+            editing, text = bool(text), text
+            try:
+                line = self._input.ask(text)
+            except EOFError:
+                return
+            except KeyboardInterrupt as exc:
+                _only_ctrl_c(exc)
+                self._screen.say("Use Ctrl-D or /bye to leave.")
+                text = ""
+                continue
+            outcome = self._do(line, instead=editing)
+            if outcome.leave:
+                return
+            text = outcome.edit or ""
+
+    def _do(self, line: str, *, instead: bool) -> Outcome:
+        """Run a command, or send a message; it replaces the last one where that was edited."""
+        session = self._session
+        try:
+            with _one_interrupt():
+                if line.lstrip().startswith("/"):
+                    outcome = self._commands.run(_command(line))
+                    if outcome.regenerate:
+                        self._answer(session.regenerate)
+                    return outcome
+                if message := unquoted(line):
+                    ask = session.ask_instead if instead else session.ask
+                    self._answer(lambda *on: ask(message, *on))
+        except HobbitError as exc:
+            self._screen.error(str(exc))
+        except KeyboardInterrupt as exc:
+            _only_ctrl_c(exc)
+        return Outcome()
+
+    def _answer(self, turn: _Turn) -> None:
+        thinking = self._session.template.opens_thoughts(self._session.think)
+        self._display.live.llm = self._session.llm
+        with no_echo(), Answer(self._display, thinking) as answer:
+            reply = turn(answer.text, answer.tick)
+        if reply.result.signal is not None:
+            _only_ctrl_c(reply.result.signal)
+        self._commands.last = reply
+        self._report(reply)
+
+    def _report(self, reply: Reply) -> None:
+        display, result = self._display, reply.result
+        stats = result.decode if result.decode.tokens_generated else result.stats
+        display.live.first = display.live.first or display.live.start  # it is over
+        self._last_line = view.line(display.live, stats, 10**4)
+        if reply.dropped:
+            turns = "1 oldest turn" if reply.dropped == 1 else f"{reply.dropped} oldest turns"
+            self._screen.say(f"the context was full: {turns} left out of it (/save still has them)")
+        if reply.cut:
+            self._screen.say(
+                "the context is full: the answer ends here, and the oldest turns will make room"
+            )
+        if not reply.kept:
+            self._screen.say("stopped before the answer began: the message was taken back")
+        if display.quiet:
+            return
+        if display.verbose:
+            self._screen.say(*verbose_lines(result, 0.0))
+        self._screen.say(stats_line(result, self._session.llm.quality))
+
+    def _toolbar(self, width: int) -> str:
+        """Return the numbers below the input line: of the last answer, and the memory now."""
+        if self._display.quiet:
+            return ""
+        if self._last_line:
+            return view.cut(self._last_line, width)
+        llm = self._session.llm
+        return view.cut(view.idle_line(llm), width)
+
+    def _keep_history(self, on: bool) -> None:
+        if isinstance(self._input.history, History):
+            self._input.history.on = on
+
+
+def _command(line: str) -> str:
+    '''Return a command with a text in """ as it is meant.'''
+    name, quotes, text = line.strip().partition('"""')
+    return f"{name}{text.removesuffix(quotes).strip()}" if quotes else line
+
+
+def _only_ctrl_c(exc: KeyboardInterrupt) -> None:
+    """Raise again what is more than Ctrl-C."""
+    if type(exc) is not KeyboardInterrupt:
+        raise exc
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """While it lasts, let only the first Ctrl-C interrupt: it takes effect within a layer.
+
+    A second one would leave the model's thread behind, still using the model.
+    """
+    seen = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if not seen:
+            seen = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
