@@ -55,8 +55,15 @@ class Screen:
     def _broken(lines: Sequence[str]) -> Iterator[str]:
         """Yield lines that fit the terminal, broken between words."""
         width = max(shutil.get_terminal_size().columns - 1, 20)
-        for line in (part for line in lines for part in line.split("\n")):
-            yield from textwrap.wrap(line, width, subsequent_indent="  ") or [""]
+        for row in (row for line in lines for row in line.split("\n")):
+            wrapped = textwrap.wrap(
+                row,
+                width,
+                subsequent_indent="  ",
+                break_long_words=False,  # a path stays as it can be copied
+                break_on_hyphens=False,
+            )
+            yield from wrapped or [""]
 
     def error(self, message: str, hint: str = "") -> None:
         """Report an error in one line, also when quiet."""

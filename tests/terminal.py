@@ -50,7 +50,7 @@ class Terminal:
         self.process.send(text)
 
     def enter(self, line: str) -> None:
-        """Type a line and wait until it is answered, that is, until the next prompt stands there."""
+        """Type a line and wait until it is answered: until the next prompt stands there."""
         before = self.prompts
         self.type(line + "\r")
         self.wait(lambda: self.prompts > before, f"the next prompt after {line!r}")

@@ -658,7 +658,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_text_model(path: Path | str, *, chat: bool = False, arch: str = "llama") -> Path:
+# As real templates do, it ends each message with a control token.
+CONTROL_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% if enable_thinking is false %} no{% endif %}"
+    "{% endif %}"
+)
+
+
+def make_text_model(
+    path: Path | str, *, chat: bool = False, arch: str = "llama", template: str = CHAT_TEMPLATE
+) -> Path:
     """Write a model that answers in words, never ends by itself and may have a chat template."""
 
     def words_only(name: str, values: Values) -> Values:
@@ -666,9 +676,8 @@ def make_text_model(path: Path | str, *, chat: bool = False, arch: str = "llama"
             values[:259] = 0.0  # control tokens and bytes: logit 0, below the best of 61 words
         return values
 
-    return make(
-        path,
-        arch,
-        change=words_only,
-        kv={"tokenizer.chat_template": CHAT_TEMPLATE} if chat else None,
-    )
+    kv: dict[str, Value] = {"tokenizer.chat_template": template} if chat else {}
+    if template == CONTROL_TEMPLATE:
+        # With a token for the space alone, as real ones have it, any text becomes itself again.
+        kv["tokenizer.ggml.tokens"] = [*vocabulary()["tokenizer.ggml.tokens"][:-1], "\u2581"]
+    return make(path, arch, change=words_only, kv=kv)

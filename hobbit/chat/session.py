@@ -176,13 +176,13 @@ class Session:
     def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         system = [Message("system", self.system)] if self.system else []
         text = self.template.render([*system, *messages], self.think)
+        whole = self.template.tokens(text)
         known, tokens = self._read
         if tokens and text.startswith(known):
             # The tokens of an answer stay as they were sampled: its text may be cut otherwise.
-            rest = self.template.continued(text[len(known) :])
-            if rest is not None:
-                return text, [*tokens, *rest]
-        return text, self.template.tokens(text)
+            continued = self.template.continued(tokens, text[len(known) :], whole)
+            return text, continued or whole
+        return text, whole
 
     def _remember(self, fitted: _Fitted, answer: str) -> None:
         """Remember as much of prompt and answer as is in the KV cache and in the text alike."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llama_cpp import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..errors import HobbitError, UsageError
@@ -64,15 +63,18 @@ class ChatTemplate:
         bos = self._formatter is None and self._llm._model.add_bos_token()
         return list(self._llm.tokenize(text.encode(), add_bos=bos, special=True))
 
-    def continued(self, text: str) -> list[int] | None:
-        """Return the tokens of a text that follows others; None where they depend on those.
+    def continued(self, before: Sequence[int], rest: str, whole: Sequence[int]) -> list[int] | None:
+        """Return `before` with tokens for the rest of a text; `whole` are all of the text's own.
 
-        They do not after a control token, as <|im_end|>: nothing is joined across it.
+        None where that would not say the same. Some tokenisers put a space before whatever they
+        are given: it may then be the rest's own.
         """
-        tokens = list(self._llm.tokenize(text.encode(), add_bos=False, special=True))
-        vocabulary = self._llm._model.vocab
-        if tokens and llama_cpp.llama_vocab_is_control(vocabulary, tokens[0]):
-            return tokens
+        said = self._llm.detokenize(list(whole), special=True)
+        for given in (rest, rest.removeprefix(" ")):
+            more = self._llm.tokenize(given.encode(), add_bos=False, special=True)
+            tokens = [*before, *more]
+            if self._llm.detokenize(tokens, special=True) == said:
+                return tokens
         return None
 
 
