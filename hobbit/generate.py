@@ -201,14 +201,15 @@ def _pieces(
     llm: Llama, prompt: Prompt, arguments: dict[str, Any]
 ) -> Iterator[tuple[str, str | None]]:
     chunks: Any
-    if prompt.chat:
+    chat = prompt.chat and not prompt.tokens
+    if chat:
         chunks = llm.create_chat_completion(prompt.messages(), stream=True, **arguments)
     else:
         what = list(prompt.tokens) or prompt.text
         chunks = llm.create_completion(what, stream=True, **arguments)
     for chunk in chunks:
         choice = chunk["choices"][0]
-        text = choice["delta"].get("content") if prompt.chat else choice["text"]
+        text = choice["delta"].get("content") if chat else choice["text"]
         yield text or "", choice["finish_reason"]
 
 

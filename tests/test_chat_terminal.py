@@ -103,7 +103,7 @@ def test_ways_to_type(model: Path, tmp_path: Path) -> None:
         screen.type("/sh\t")
         screen.wait_for(">>> /show")
         screen.type(" lic\t\r")
-        screen.wait_for("The model file names no license")
+        screen.wait_for("The model file names no license\n>>>")
         screen.enter(f"/save {tmp_path}/c.jsonl")
     asked = [m["content"] for m in messages(tmp_path / "c.jsonl") if m["role"] == "user"]
     assert asked == ["the sea\nthe sky", "the sea\nthe sky\n/bye now", "the way"]
@@ -151,7 +151,7 @@ def test_ctrl_c_keeps_what_was_said(model: Path, tmp_path: Path, presses: int) -
     kept = messages(tmp_path / "c.jsonl")
     assert [m["role"] for m in kept] == ["user", "assistant"] * 2
     shown = re.sub(r"\s+", "", answers(screen)[0])
-    assert shown and shown == re.sub(r"\s+", "", kept[1]["content"])
+    assert shown and shown == re.sub(r"\s+", "", kept[1]["content"]), screen.text
 
 
 def test_ctrl_c_and_ctrl_d_at_the_prompt(model: Path) -> None:

@@ -173,6 +173,26 @@ def test_grammar(model: Path) -> None:
     assert (done.stdout, done.returncode) == ("one\n", 0)
 
 
+def test_thoughts_are_shown_unless_told_not_to(model: Path, chat_model: Path) -> None:
+    run = (*SMALL, "-n", "40", "-q", "--grammar", 'root ::= "<think>hm</think>\\n\\nyes"')
+    assert hobbit("run", model, "x", *run).stdout == "<think>hm</think>\n\nyes\n"
+    for how in ((), ("--no-stream",)):
+        assert hobbit("run", model, "x", *run, "--hide-thinking", *how).stdout == "yes\n"
+    refused = hobbit("run", chat_model, "x", *run, "--no-think")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "no switch for thinking" in refused.stderr
+
+
+def test_the_template_is_told_to_think_or_not(tmp_path: Path) -> None:
+    path = tiny.make_text_model(tmp_path / "m.gguf", chat=True, template=tiny.CONTROL_TEMPLATE)
+
+    def prompt_tokens(*arguments: str) -> int:
+        done = hobbit("run", path, "one two", "-n", "2", *SMALL, "--json", *arguments)
+        return int(json.loads(done.stdout)["usage"]["prompt_tokens"])
+
+    assert prompt_tokens() == prompt_tokens("--think") < prompt_tokens("--no-think")
+
+
 ERRORS: list[tuple[tuple[str, ...], int, str]] = [
     (("run", "no-such-model", "x"), 3, "no model is called 'no-such-model'"),
     (("run", "no-such-model"), 3, "no model is called 'no-such-model'"),

@@ -138,6 +138,25 @@ def test_chat_messages() -> None:
     assert Prompt("hi", chat=True).messages() == [{"role": "user", "content": "hi"}]
 
 
+def test_tokens_are_the_prompt_in_place_of_all_else() -> None:
+    llm = FakeLlama("x")
+    assert run(llm, Prompt("hi", chat=True, tokens=(1, 2))).text == "x"
+    assert llm.calls[0][0] == [1, 2]
+
+
+def test_it_ticks_while_nothing_comes() -> None:
+    llm = FakeLlama("a", forever=True)
+    ticks: list[int] = []
+
+    def on_tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 2:
+            raise KeyboardInterrupt
+
+    result = run(llm, on_tick=on_tick)
+    assert (result.text, result.finish_reason, len(ticks)) == ("a", "cancelled", 2)
+
+
 def test_has_chat_template() -> None:
     llm = FakeLlama()
     assert not has_chat_template(cast(Any, llm))

@@ -34,9 +34,9 @@ LAYERS: dict[str, set[str]] = {
         "bench_options", "bench_rows", "modes", "options", "plot", "render", "report", "simulating",
     },
     "chat": {
-        "chat", "chat.bottom", "chat.commands", "chat.display", "chat.flow", "chat.loop",
-        "chat.screen", "chat.session", "chat.settings", "chat.template", "chat.transcript",
-        "chat.view",
+        "chat", "chat.bottom", "chat.commands", "chat.display", "chat.flow",
+        "chat.interrupts", "chat.loop", "chat.screen", "chat.session", "chat.settings",
+        "chat.template", "chat.transcript", "chat.view",
     },
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.chat", "cli.console", "cli.eval",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 
 from ..errors import HobbitError
 from ..render import Screen, stats_line, verbose_lines
 from . import view
 from .commands import Commands, Outcome, words
 from .display import Answer, Display
+from .interrupts import Interrupts
 from .screen import History, Input, no_echo, unquoted
 from .session import OnText, Reply, Session
 
@@ -53,26 +51,26 @@ class Chat:
         """Run a command, or send a message; it replaces the last one where that was edited."""
         session = self._session
         try:
-            with _one_interrupt():
+            with Interrupts() as interrupts:
                 if line.lstrip().startswith("/"):
                     outcome = self._commands.run(_command(line))
                     if outcome.regenerate:
-                        self._answer(session.regenerate)
+                        self._answer(session.regenerate, interrupts)
                     return outcome
                 if message := unquoted(line):
                     ask = session.ask_instead if instead else session.ask
-                    self._answer(lambda *on: ask(message, *on))
+                    self._answer(lambda *on: ask(message, *on), interrupts)
         except HobbitError as exc:
             self._screen.error(str(exc))
         except KeyboardInterrupt as exc:
             _only_ctrl_c(exc)
         return Outcome()
 
-    def _answer(self, turn: _Turn) -> None:
+    def _answer(self, turn: _Turn, interrupts: Interrupts) -> None:
         thinking = self._session.template.opens_thoughts(self._session.think)
         self._display.live.llm = self._session.llm
         with no_echo(), Answer(self._display, thinking) as answer:
-            reply = turn(answer.text, answer.tick)
+            reply = turn(interrupts.after(answer.text), interrupts.after(answer.tick))
         if reply.result.signal is not None:
             _only_ctrl_c(reply.result.signal)
         self._commands.last = reply
@@ -122,24 +120,3 @@ def _only_ctrl_c(exc: KeyboardInterrupt) -> None:
     """Raise again what is more than Ctrl-C."""
     if type(exc) is not KeyboardInterrupt:
         raise exc
-
-
-@contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """While it lasts, let only the first Ctrl-C interrupt: it takes effect within a layer.
-
-    A second one would leave the model's thread behind, still using the model.
-    """
-    seen = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        if not seen:
-            seen = True
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
