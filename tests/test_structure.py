@@ -33,10 +33,17 @@ LAYERS: dict[str, set[str]] = {
     "asking and showing": {
         "bench_options", "bench_rows", "modes", "options", "plot", "render", "report", "simulating",
     },
+    "serving": {
+        "serve", "serve.answer", "serve.app", "serve.channels", "serve.chat", "serve.engine",
+        "serve.errors", "serve.exchange", "serve.generation", "serve.guard", "serve.info",
+        "serve.metrics", "serve.native", "serve.openai", "serve.options", "serve.replies",
+        "serve.requests", "serve.scoring", "serve.server", "serve.service", "serve.sse",
+        "serve.start", "serve.stream", "serve.text", "serve.turns",
+    },
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.console", "cli.eval", "cli.flags",
-        "cli.loading", "cli.prepare", "cli.run", "cli.signals", "cli.simulate", "cli.trace",
-        "cli.verify",
+        "cli.loading", "cli.prepare", "cli.run", "cli.serve", "cli.signals", "cli.simulate",
+        "cli.trace", "cli.verify",
     },
 }  # fmt: skip
 
@@ -53,6 +60,9 @@ THIRD_PARTY: dict[str, set[str]] = {
         "forced",
         "generate",
         "llama",
+        "serve.answer",
+        "serve.chat",
+        "serve.scoring",
         "stock",
         "streamed",
     },
@@ -67,6 +77,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "llama",
         "low_writer",
         "search",
+        "serve.scoring",
         "simulate",
         "stock",
         "streamed",
@@ -74,7 +85,18 @@ THIRD_PARTY: dict[str, set[str]] = {
         "trace_summary",
         "verify",
     },
+    "prometheus_client": {"serve.metrics"},
     "rich": {"render"},
+    "starlette": {
+        "serve.app",
+        "serve.guard",
+        "serve.info",
+        "serve.native",
+        "serve.openai",
+        "serve.server",
+        "serve.service",
+        "serve.stream",
+    },
     "typer": {
         "cli.app",
         "cli.bench",
@@ -82,10 +104,12 @@ THIRD_PARTY: dict[str, set[str]] = {
         "cli.flags",
         "cli.prepare",
         "cli.run",
+        "cli.serve",
         "cli.simulate",
         "cli.trace",
         "cli.verify",
     },
+    "uvicorn": {"serve.server"},
 }
 
 # A source file includes its own header besides.

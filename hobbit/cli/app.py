@@ -27,6 +27,7 @@ from .console import forget_stdout, write
 from .eval import evaluate
 from .prepare import prepare
 from .run import run
+from .serve import serve
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
@@ -140,6 +141,7 @@ def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
 
 for _name, _command in (
     ("run", run),
+    ("serve", serve),
     ("verify", verify),
     ("prepare", prepare),
     ("eval", evaluate),
