@@ -273,7 +273,10 @@ def test_another_cap_while_the_model_works(server: Server) -> None:
         reply = server.ask("/hobbit/memory", {"memory": "900M"})
         assert (reply.status, reply.json["cap_bytes"]) == (200, 900 << 20)
         refused = server.ask("/hobbit/memory", {"bytes": 1 << 20})
-        assert refused.status == 409 and "the smallest cap that works" in refused.json["error"]["message"]
+        assert (
+            refused.status == 409
+            and "the smallest cap that works" in refused.json["error"]["message"]
+        )
         assert server.ask("/hobbit/plan").json["cap_bytes"] == 900 << 20
         assert server.ask("/hobbit/memory", {"bytes": 1 << 30}).json["cap_bytes"] == 1 << 30
         assert not server.slot_is_free()

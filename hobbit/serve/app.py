@@ -74,6 +74,7 @@ _ROUTES = (
     Route("/completion", native.completion, methods=["POST"]),
     Route("/tokenize", native.tokenize, methods=["POST"]),
     Route("/detokenize", native.detokenize, methods=["POST"]),
+    Route("/tokenizer_info", native.tokenizer_info),
     Route("/apply-template", native.apply_template, methods=["POST"]),
     Route("/health", info.health),
     Route("/v1/health", info.health),

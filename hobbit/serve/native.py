@@ -15,7 +15,7 @@ from . import replies, sse
 from .chat import Tools, grammar_of, tools_of
 from .exchange import Waiting, whole
 from .generation import Finished, Generation, Progress, Token
-from .requests import flag, generation, limit_of, prompts_of
+from .requests import checked_tokens, flag, generation, limit_of, prompts_of
 from .service import Service, body_of
 from .stream import Stream
 
@@ -44,9 +44,28 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     tokens = (await body_of(request)).get("tokens")
-    (checked,) = prompts_of(service, tokens) if isinstance(tokens, list) and tokens else ([],)
+    if not isinstance(tokens, list):
+        raise UsageError("tokens must be a list of tokens")
+    checked = checked_tokens(service, tokens)
     text = b"".join(service.engine.llm.detokenize([token]) for token in checked)
-    return JSONResponse({"content": text.decode(errors="replace")})
+    plain = text.decode(errors="replace")
+    return JSONResponse({"content": plain, "prompt": plain})  # vLLM's name, which lm-eval reads
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """Answer as vLLM does, so that lm-eval needs no tokenizer of its own."""
+    service: Service = request.app.state.service
+    bos, eos = service.ends
+    template = service.template.source if service.template else None
+    return JSONResponse(
+        {
+            "tokenizer_class": "hobbit",
+            "bos_token": bos or None,
+            "eos_token": eos or None,
+            "pad_token": None,
+            "chat_template": template,
+        }
+    )
 
 
 async def apply_template(request: Request) -> Response:
@@ -107,7 +126,9 @@ def _tokenize(service: Service, body: Body) -> Body:
         raise UsageError("content must be a text")
     llm = service.engine.llm
     special = body.get("parse_special") is not False
-    bos = flag(body, "add_special") and llm._model.add_bos_token()
+    bos = (
+        flag(body, "add_special") or flag(body, "add_special_tokens")
+    ) and llm._model.add_bos_token()
     tokens = [*llm.tokenize(content.encode(), add_bos=bos, special=special)]
     if not flag(body, "with_pieces"):
         return {"tokens": tokens}

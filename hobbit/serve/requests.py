@@ -59,15 +59,24 @@ def prompts_of(service: Service, prompt: object) -> list[list[int]]:
     """Return the prompts of a completion request, as tokens: a text, tokens, or a list of them."""
     if isinstance(prompt, str):
         return [text_tokens(service, prompt)]
-    if isinstance(prompt, list) and prompt and all(_is_token(t) for t in prompt):
-        return [_checked_tokens(service, prompt)]
+    if isinstance(prompt, list) and prompt and _is_token(prompt[0]):
+        return [checked_tokens(service, prompt)]
     if not isinstance(prompt, list) or not prompt:
         raise UsageError("prompt must be a text, a list of tokens, or a list of those")
     if len(prompt) > MAX_PROMPTS:
         raise UsageError(f"at most {MAX_PROMPTS} prompts in one request")
-    if any(isinstance(p, list) and not all(_is_token(t) for t in p) for p in prompt):
-        raise UsageError("prompt must be a text, a list of tokens, or a list of those")
-    return [prompts_of(service, p or "")[0] for p in prompt]
+    return [
+        checked_tokens(service, p) if isinstance(p, list) else prompts_of(service, p)[0]
+        for p in prompt
+    ]
+
+
+def checked_tokens(service: Service, tokens: list[Any]) -> list[int]:
+    """Return tokens that a client gave; raises UsageError for what is none."""
+    n_vocab = service.engine.llm.n_vocab()
+    if not all(_is_token(token) and 0 <= token < n_vocab for token in tokens):
+        raise UsageError(f"tokens are whole numbers from 0 to {n_vocab - 1}")
+    return tokens
 
 
 def text_tokens(service: Service, text: str) -> list[int]:
@@ -161,10 +170,3 @@ def _refuse_several(body: Body) -> None:
 
 def _is_token(token: object) -> bool:
     return isinstance(token, int) and not isinstance(token, bool)
-
-
-def _checked_tokens(service: Service, tokens: list[int]) -> list[int]:
-    n_vocab = service.engine.llm.n_vocab()
-    if any(not 0 <= token < n_vocab for token in tokens):
-        raise UsageError(f"the prompt has a token that is none: they are from 0 to {n_vocab - 1}")
-    return tokens

@@ -29,7 +29,8 @@ MAX_PROMPTS = 256
 @dataclass(frozen=True)
 class Service:
     """One served model. `defaults` is the sampling where a request says nothing; `qualities` makes
-    a quality of its name, within the server's budget, or raises UsageError.
+    a quality of its name, within the server's budget, or raises UsageError. `ends` are the
+    texts of the tokens that begin and end a text.
     """
 
     engine: Engine
@@ -37,6 +38,7 @@ class Service:
     name: str
     defaults: Sampling
     template: ChatTemplate | None
+    ends: tuple[str, str]
     qualities: Callable[[str], Quality | None]
     version: str
     say: Callable[[str], None]

@@ -30,6 +30,7 @@ def make_service(
     """Start the model's thread."""
     metadata = llm.metadata
     template = metadata.get("tokenizer.chat_template")
+    ends = _ends(llm)
     own = sampling(Options(seed=0, predict=-1), llm.layout.gguf.get)
     return Service(
         engine=Engine(llm, options.queue, on_finished),
@@ -37,7 +38,8 @@ def make_service(
         name=options.alias
         or str(metadata.get("general.name") or llm.layout.gguf.parts[0].path.stem),
         defaults=own,
-        template=ChatTemplate(template, *_ends(llm)) if template else None,
+        template=ChatTemplate(template, *ends) if template else None,
+        ends=ends,
         qualities=within_budget(llm, options),
         version=f"hobbit-{version('hobbit-moe')}",
         say=say,

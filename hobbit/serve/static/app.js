@@ -58,13 +58,31 @@ function entry(who, name) {
   label.className = "who";
   label.textContent = name;
   item.append(label);
-  const thought = document.createElement("span");
-  thought.className = "thought";
-  const text = document.createElement("span");
-  text.className = "text";
-  item.append(thought, text);
+  const [thought, text] = ["thought", "text"].map((kind) => {
+    const span = document.createElement("span");
+    span.className = kind;
+    item.append(span);
+    return written(span);
+  });
   at("log").append(item);
   return { item, thought, text };
+}
+
+// Returns what appends text to an element, at most once a frame: a fast model has many tokens in one.
+function written(element) {
+  const node = element.appendChild(document.createTextNode(""));
+  let more = "";
+  return (text) => {
+    if (!more && text) requestAnimationFrame(() => show());
+    more += text;
+  };
+  function show() {
+    const log = at("log");
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    node.appendData(more);
+    more = "";
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  }
 }
 
 function request() {
@@ -93,21 +111,21 @@ function cost(chunk) {
 
 async function ask(text) {
   messages.push({ role: "user", content: text });
-  entry("user", "You").text.textContent = text;
+  entry("user", "You").text(text);
   const answer = entry("assistant", "Model");
   let said = "";
   running = new AbortController();
   busy(true);
+  at("log").scrollTop = at("log").scrollHeight;
   try {
     const options = { method: "POST", body: request(), signal: running.signal };
     await read(await fetched("v1/chat/completions", options), (chunk) => {
       if (chunk.error) throw new Error(chunk.error.message);
       const delta = chunk.choices[0]?.delta ?? {};
       said += delta.content ?? "";
-      answer.text.textContent = said;
-      answer.thought.textContent += delta.reasoning_content ?? "";
+      answer.text(delta.content ?? "");
+      answer.thought(delta.reasoning_content ?? "");
       if (chunk.timings) answer.item.append(cost(chunk));
-      answer.item.scrollIntoView({ block: "nearest" });
     });
   } catch (error) {
     at("notice").textContent = error.name === "AbortError" ? "stopped" : error.message;
