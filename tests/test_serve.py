@@ -419,6 +419,9 @@ def test_keys_limits_and_a_full_queue(model: Path, tmp_path: Path) -> None:
 def test_pages_of_others_may_not_use_it(server: Server, model: Path) -> None:
     assert server.ask("/v1/models", Origin="http://evil.example").status == 403
     assert server.ask("/v1/models", Host="evil.example:80").status == 403
+    for broken in ("http://[", "null", ""):
+        assert server.ask("/v1/models", Origin=broken).status == 403
+        assert server.ask("/v1/models", Host=broken or "-").status == 403
     assert server.ask("/v1/models", Origin=server.url).status == 200
     with served(model, "-c", "256", "--cors-origins", "http://a.example") as open_one:
         reply = open_one.ask("/v1/models", Origin="http://a.example")
@@ -481,6 +484,7 @@ def test_a_port_in_use_is_named(model: Path) -> None:
         (("--max-body", "much"), 2, "much"),
         (("-n", "0"), 2, "-n 0"),
         (("--api-key-file", "nowhere"), 2, "nowhere"),
+        (("--api-key", " "), 2, "empty"),
         (("nothing.gguf", "--port", "0"), 3, "nothing.gguf"),
         (("--host", "no such host", "--port", "0"), 2, "no such host"),
     ],

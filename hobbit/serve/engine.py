@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -178,7 +179,8 @@ class Engine:
             if own_quality:
                 self._quality.release()
         self.totals.add(done)
-        self._on_finished(done)
+        with contextlib.suppress(OSError, ValueError):  # it prints, and stderr may be gone
+            self._on_finished(done)
         return done
 
     def _patience_s(self) -> int:

@@ -58,7 +58,7 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._rules.local and (urlsplit(f"//{host}").hostname or "") not in _LOCAL_NAMES:
+        if self._rules.local and _name_of(f"//{host}") not in _LOCAL_NAMES:
             raise HttpError(403, f"this server is for this machine alone, not for {host!r}")
         origin = headers.get("origin")
         if origin is not None and not self._is_welcome(origin, host):
@@ -68,7 +68,7 @@ class Guard:
             self._check_key(headers)
 
     def _is_welcome(self, origin: str, host: str) -> bool:
-        own = urlsplit(origin).netloc == host
+        own = origin.partition("://")[2] == host
         return own or "*" in self._rules.origins or origin in self._rules.origins
 
     def _check_key(self, headers: Headers) -> None:
@@ -103,6 +103,13 @@ class _Limited:
 
 
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
+
+
+def _name_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # it is no URL
+        return ""
 
 
 def _digest(key: str) -> bytes:

@@ -77,15 +77,18 @@ class ServeOptions:
 
     def keys(self) -> tuple[str, ...]:
         """Return the API keys, of the flag and of the file, one a line."""
-        keys = [*self.api_key]
+        if not all(key.strip() for key in self.api_key):
+            raise UsageError("--api-key: a key cannot be empty")
+        keys = [key.strip() for key in self.api_key]
         if self.api_key_file is not None:
             try:
-                keys += self.api_key_file.expanduser().read_text(encoding="utf-8").split("\n")
+                lines = self.api_key_file.expanduser().read_text(encoding="utf-8").split("\n")
             except (OSError, UnicodeDecodeError) as exc:
                 raise UsageError(f"cannot read --api-key-file {self.api_key_file}: {exc}") from exc
-            keys = [key.strip() for key in keys if key.strip()]
-            if not keys:
+            found = [line.strip() for line in lines if line.strip()]
+            if not found:
                 raise UsageError(f"{self.api_key_file}: has no key in it")
+            keys += found
         return tuple(keys)
 
     def origins(self) -> tuple[str, ...]:

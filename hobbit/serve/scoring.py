@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _LOGIT_BYTES = 64 << 20
 _MIN_PIECE = 32
 
+_IMPOSSIBLE = -9999.0
+
 
 def score_last(llm: Llama, token: int, n_top: int) -> Scored:
     """Return the log-probability of a token after what was evaluated last."""
@@ -90,5 +92,10 @@ def _scored(llm: Llama, row: npt.NDArray[np.float32], token: int, n_top: int) ->
     logprobs = llm.logits_to_logprobs(row)
     best = np.argpartition(-logprobs, min(n_top, len(row) - 1))[:n_top]
     order = sorted(best.tolist(), key=lambda i: (-logprobs[i], i))
-    top = tuple((llm.detokenize([i]), float(logprobs[i])) for i in order)
-    return Scored(llm.detokenize([token]), float(logprobs[token]), top)
+    top = tuple((llm.detokenize([i]), _finite(logprobs[i])) for i in order)
+    return Scored(llm.detokenize([token]), _finite(logprobs[token]), top)
+
+
+def _finite(logprob: np.float32) -> float:
+    """JSON has no infinity: what cannot be has OpenAI's number for it."""
+    return max(float(logprob), _IMPOSSIBLE)
