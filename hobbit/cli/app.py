@@ -23,8 +23,10 @@ import typer
 from ..errors import HobbitError
 from ..render import Screen
 from .bench import bench
+from .config import config, default_map
 from .console import forget_stdout, write
 from .eval import evaluate
+from .plot import plot
 from .prepare import prepare
 from .run import run
 from .signals import Interrupted, on_sigterm, signal_code
@@ -37,7 +39,7 @@ EXIT_DISK_FULL = 5
 
 app = typer.Typer(
     help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -125,6 +127,8 @@ def _options(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif not context.resilient_parsing:
+        context.default_map = default_map(context.command)
 
 
 def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
@@ -146,5 +150,7 @@ for _name, _command in (
     ("trace", trace),
     ("bench", bench),
     ("simulate", simulate),
+    ("plot", plot),
+    ("config", config),
 ):
     app.command(_name)(_interruptible(_command))
