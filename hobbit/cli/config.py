@@ -1,7 +1,7 @@
 """config.toml: what flags are where neither the command line nor the environment sets them.
 
-A key is a flag's long name. At the top it is for every command that has such a flag, in a table,
-as [run], for that command.
+A key is a flag's name, the one that HOBBIT_<NAME> has too. At the top it is for every command that
+has such a flag, in a table, as [run], for that command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ else:
 
 
 def config_path() -> Path:
-    """Return where it is, or would be: HOBBIT_CONFIG, or hobbit/config.toml in the user's config."""
+    """Return where it is, or would be: HOBBIT_CONFIG, or in the user's folder for such files."""
     own, shared = os.environ.get("HOBBIT_CONFIG"), os.environ.get("XDG_CONFIG_HOME")
     if own:
         return Path(own).expanduser()
@@ -57,19 +57,32 @@ def default_map(group: Any) -> dict[str, Any]:
     for name, table in tables.items():
         _check(path, f"{name}.", table, {*flags[name]})
     return {
-        name: {of[key]: value for key, value in (common | tables.get(name, {})).items() if key in of}
+        name: {
+            of[key].name: _value(of[key], value)
+            for key, value in (common | tables.get(name, {})).items()
+            if key in of
+        }
         for name, of in flags.items()
     }
 
 
-def _flags(command: Any) -> dict[str, str]:
-    """Return the parameter behind each long flag of a command, without its dashes."""
+def _flags(command: Any) -> dict[str, Any]:
+    """Return the flags of a command, the parser's objects, by their names without dashes."""
     return {
-        name.removeprefix("--"): param.name
+        _long(param).removeprefix("--"): param
         for param in command.params
-        for name in (param.opts if param.param_type_name == "option" else ())
-        if name.startswith("--")
+        if param.param_type_name == "option" and param.name != "help"
     }
+
+
+def _value(param: Any, value: Any) -> Any:
+    """Let one value do for a flag that may be repeated."""
+    return [value] if param.multiple and not isinstance(value, list) else value
+
+
+def _long(param: Any) -> str:
+    names: list[str] = param.opts
+    return next((name for name in names if name.startswith("--")), names[0])
 
 
 def _check(path: Path, what: str, given: Mapping[str, Any], known: set[str]) -> None:
@@ -105,9 +118,8 @@ def _shown(context: Any, name: str) -> str:
             continue
         source = parsed.get_parameter_source(param.name)
         origin = {"ENVIRONMENT": param.envvar, "DEFAULT_MAP": str(config_path())}
-        long = next(flag for flag in param.opts if flag.startswith("--"))
         where = origin.get(source.name, "") if source else ""
-        lines.append(f"{long:<22} {_word(parsed.params[param.name]):<12} {where}".rstrip())
+        lines.append(f"{_long(param):<22} {_word(parsed.params[param.name]):<12} {where}".rstrip())
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import calibration
-from ..errors import ModelError, UsageError
+from ..errors import HobbitError, ModelError, UsageError
 from ..plot import Mark
 from ..report import SCHEMA as EVAL_SCHEMA
 from ..report import calibration_marks
@@ -47,6 +47,8 @@ def of_json(path: Path) -> list[Picture]:
             return [_eval(data)]
         if isinstance(data, dict) and data.get("token"):
             return [_time("a token's time", data["token"], 0.0)]
+    except HobbitError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise ModelError(f"{path}: is not as hobbit wrote it: {exc!r}") from exc
     raise UsageError(

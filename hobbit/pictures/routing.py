@@ -1,8 +1,9 @@
-"""Pictures of a routing trace: who is chosen, with which weights and scores, and found in a cache."""
+"""Pictures of a routing trace: who is chosen, with which weights and scores, and is cached."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,5 +94,5 @@ def _histogram(title: str, values: Floats, top: float = 0.0) -> Bars:
     """Show what percentage of the values each of equal bins has."""
     top = top or float(values.max(initial=0.0)) or 1.0
     counts, edges = np.histogram(values, bins=_BINS, range=(0.0, top))
-    names = tuple(f"{a:.2f}-{b:.2f}" for a, b in zip(edges, edges[1:], strict=False))
+    names = tuple(f"{a:.2f}-{b:.2f}" for a, b in pairwise(edges))
     return Bars(title, names, tuple(100 * counts / max(len(values), 1)))

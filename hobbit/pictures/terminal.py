@@ -32,6 +32,7 @@ def drawn(pictures: Pictures, width: int, stream: TextIO) -> str:
         for number, picture in enumerate(pictures):
             lines = list(_lines(picture, width, colored))
             for line in [Text(""), *lines] if number else lines:
+                line.rstrip()
                 console.print(line, no_wrap=True, overflow="crop", crop=True)
     return captured.get()
 

@@ -1,0 +1,69 @@
+"""The command lines and the Python blocks of a document, as a shell and an interpreter see them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_OPERATORS = "|&;<>()"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One simple command of a line: its words, and the variables that are set before it."""
+
+    line: str
+    words: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `hobbit`."""
+        return [*self.words[1:]]
+
+    @property
+    def is_hobbit(self) -> bool:
+        return self.words[0] in ("hobbit", "scripts/hobbit")
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Return what stands in the fences of these languages."""
+    pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```"
+    return re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[Command]:
+    """Return the simple commands of a document's shell fences, redirections left out."""
+    found = []
+    for block in blocks(text, "sh", "bash", "console", "shell"):
+        for line in block.replace("\\\n", " ").splitlines():
+            found += _commands_of(line.strip().removeprefix("$ "))
+    return found
+
+
+def _commands_of(line: str) -> Iterator[Command]:
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=_OPERATORS)
+    lexer.whitespace_split = True
+    words: list[str] = []
+    redirected = False
+    for word in [*lexer, ";"]:
+        if set(word) <= set("<>"):
+            redirected = True  # the next word is a file
+        elif set(word) <= set(_OPERATORS):
+            yield from _command(line, words)
+            words = []
+        elif redirected:
+            redirected = False
+        else:
+            words.append(word)
+
+
+def _command(line: str, words: list[str]) -> Iterator[Command]:
+    n = 0
+    while n < len(words) and re.match(r"[A-Z_]+=", words[n]):
+        n += 1
+    if words[n:]:
+        variables = tuple(tuple(word.split("=", 1)) for word in words[:n])
+        yield Command(line, tuple(words[n:]), variables)  # type: ignore[arg-type]
