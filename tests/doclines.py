@@ -12,11 +12,12 @@ _OPERATORS = "|&;<>()"
 
 @dataclass(frozen=True)
 class Command:
-    """One simple command of a line: its words, and the variables that are set before it."""
+    """One simple command of a line: its words, the variables set before it, where stdout goes."""
 
     line: str
     words: tuple[str, ...]
     variables: tuple[tuple[str, str], ...]
+    stdout: str = ""
 
     @property
     def arguments(self) -> list[str]:
@@ -35,7 +36,7 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def commands(text: str) -> list[Command]:
-    """Return the simple commands of a document's shell fences, redirections left out."""
+    """Return the simple commands of a document's shell fences."""
     found = []
     for block in blocks(text, "sh", "bash", "console", "shell"):
         for line in block.replace("\\\n", " ").splitlines():
@@ -47,23 +48,23 @@ def _commands_of(line: str) -> Iterator[Command]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=_OPERATORS)
     lexer.whitespace_split = True
     words: list[str] = []
-    redirected = False
+    stdout = redirection = ""
     for word in [*lexer, ";"]:
         if set(word) <= set("<>"):
-            redirected = True  # the next word is a file
+            redirection = word  # the next word is a file
         elif set(word) <= set(_OPERATORS):
-            yield from _command(line, words)
-            words = []
-        elif redirected:
-            redirected = False
+            yield from _command(line, words, stdout)
+            words, stdout = [], ""
+        elif redirection:
+            stdout, redirection = word if redirection == ">" else stdout, ""
         else:
             words.append(word)
 
 
-def _command(line: str, words: list[str]) -> Iterator[Command]:
+def _command(line: str, words: list[str], stdout: str) -> Iterator[Command]:
     n = 0
     while n < len(words) and re.match(r"[A-Z_]+=", words[n]):
         n += 1
     if words[n:]:
         variables = tuple(tuple(word.split("=", 1)) for word in words[:n])
-        yield Command(line, tuple(words[n:]), variables)  # type: ignore[arg-type]
+        yield Command(line, tuple(words[n:]), variables, stdout)  # type: ignore[arg-type]

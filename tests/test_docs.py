@@ -76,11 +76,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(command: Command) -> dict[str, Any]:
     """Return the parameters of a hobbit command; the parser's error ends the test."""
-    arguments = command.arguments
-    root = GROUP.make_context("hobbit", list(arguments), resilient_parsing=not arguments)
-    if not arguments or not (rest := [*root._protected_args, *root.args]):
+    if all(word.startswith("-") for word in command.arguments):  # these act at once
+        known = {name for param in GROUP.params for name in param.opts}
+        assert {*command.arguments} <= known, command.line
         return {}
-    name, chosen, rest = GROUP.resolve_command(root, rest)
+    root = GROUP.make_context("hobbit", command.arguments)
+    name, chosen, rest = GROUP.resolve_command(root, [*root._protected_args, *root.args])
     found: dict[str, Any] = chosen.make_context(name, rest, parent=root).params
     return found
 
@@ -102,7 +103,7 @@ def is_quick(command: Command, parameters: dict[str, Any], folder: Path) -> bool
     return True
 
 
-def run(words: Sequence[str], folder: Path, variables: dict[str, str]) -> None:
+def run(words: Sequence[str], folder: Path, variables: dict[str, str], stdout: str = "") -> None:
     done = subprocess.run(
         words,
         cwd=folder,
@@ -114,6 +115,8 @@ def run(words: Sequence[str], folder: Path, variables: dict[str, str]) -> None:
         timeout=60,
     )
     assert done.returncode == 0, f"{words}: {done.stderr}"
+    if stdout:
+        (folder / stdout).write_text(done.stdout)
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -128,7 +131,7 @@ def test_command_lines(page: str, folder: Path, tmp_path: Path) -> None:
             pytest.fail(f"{command.line}: {getattr(exc, 'message', exc)}")
         if is_quick(command, parameters, tmp_path):
             words = [sys.executable, "-m", "hobbit", *command.arguments]
-            run(words, tmp_path, dict(command.variables))
+            run(words, tmp_path, dict(command.variables), command.stdout)
 
 
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text])
@@ -159,6 +162,8 @@ def test_the_rule_runs_what_it_says(folder: Path) -> None:
     assert quick('hobbit run model.gguf --memory 8G -p "x"  # says something')
     assert quick("HOBBIT_POLICY=lru hobbit run -m model.gguf x > out.txt")
     assert quick("hobbit trace model.gguf -f text.txt -o text.trace")
+    (redirected, piped) = commands("```sh\nhobbit run x > a.json | grep y 2> b\n```\n")
+    assert (redirected.stdout, piped.words) == ("a.json", ("grep", "y", "2"))
     assert not quick("hobbit run model.gguf --memory 8G")
     assert not quick("hobbit run -p x") and not quick("hobbit run demo x")
     assert not quick("hobbit simulate absent.trace")
