@@ -521,6 +521,34 @@ static int32_t trace_to(struct hobbit_model *m, const char *path) {
     return hobbit_model_trace(m, path, "{}", 0, err, sizeof err);
 }
 
+/* All of a file, its size in `*size`. */
+static uint8_t *bytes_of(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    CHECK(file != NULL && fseek(file, 0, SEEK_END) == 0);
+    *size = (size_t) ftell(file);
+    uint8_t *data = malloc(*size + 1);
+    rewind(file);
+    CHECK(data != NULL && fread(data, 1, *size, file) == *size && fclose(file) == 0);
+    return data;
+}
+
+static void a_trace_in_the_file_of_the_one_before_is_whole(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 2);
+    const char *paths[] = {file_make(1), file_make(1)};
+    CHECK_EQUAL(trace_to(m, paths[0]), HOBBIT_OK);
+    hobbit_model_forget(m);
+    CHECK_EQUAL(trace_to(m, paths[0]), HOBBIT_OK);
+    CHECK_EQUAL(trace_to(m, paths[1]), HOBBIT_OK);
+    CHECK_EQUAL(hobbit_model_trace_end(m, err, sizeof err), HOBBIT_OK);
+    size_t sizes[2];
+    uint8_t *found[] = {bytes_of(paths[0], &sizes[0]), bytes_of(paths[1], &sizes[1])};
+    CHECK_EQUAL(sizes[0], sizes[1]);
+    CHECK(memcmp(found[0], found[1], sizes[0]) == 0);
+    free(found[0]);
+    free(found[1]);
+    hobbit_model_close(m);
+}
+
 static void a_trace_is_begun_and_ended(void) {
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
     const char *path = file_make(1);
@@ -1408,6 +1436,7 @@ int main(void) {
     RUN(every_failure_to_open_is_undone);
     RUN(every_failure_to_allocate_is_undone);
     RUN(a_trace_is_begun_and_ended);
+    RUN(a_trace_in_the_file_of_the_one_before_is_whole);
     RUN(both_copies_arrive_byte_by_byte);
     RUN(a_better_copy_that_is_cached_is_chosen);
     RUN(what_is_under_way_is_not_yet_cached);
