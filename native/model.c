@@ -328,7 +328,7 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .hits = atomic_load(&c->hits),
         .misses = atomic_load(&c->misses),
         .evictions = atomic_load(&c->evictions),
-        .predictor = hb_model_predictor(m, &(int32_t) {0}),
+        .predictor = (int32_t) atomic_load(&c->predictor),
         .predicted = atomic_load(&c->predicted),
         .predicted_right = atomic_load(&c->predicted_right),
         .ahead = atomic_load(&c->ahead),

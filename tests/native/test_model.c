@@ -1306,6 +1306,32 @@ static int32_t set_prediction(struct hobbit_model *m, struct hobbit_prediction p
     return hobbit_model_set_prediction(m, &prediction, err, sizeof err);
 }
 
+static void *watch_predictor(void *model) {
+    int32_t kind;
+    do {
+        kind = stats_of(model).predictor;
+        CHECK(kind == HOBBIT_PREDICT_GATE || kind == HOBBIT_PREDICT_NONE);
+    } while (kind != HOBBIT_PREDICT_NONE);
+    return NULL;
+}
+
+/* While one thread computes, another may ask which predictor is in force. */
+static void the_predictor_in_force_is_told_meanwhile(void) {
+    struct hobbit_model *m = one_pool_model(4);
+    struct hobbit_prediction p = prediction_of(HOBBIT_PREDICT_GATE);
+    CHECK_EQUAL(set_prediction(m, p), HOBBIT_OK);
+    CHECK_EQUAL(stats_of(m).predictor, HOBBIT_PREDICT_GATE); /* it leads, as it has to learn */
+    pthread_t thread;
+    CHECK_EQUAL(pthread_create(&thread, NULL, watch_predictor, m), 0);
+    for (int32_t i = 0; stats_of(m).predictor == HOBBIT_PREDICT_GATE; i++) {
+        CHECK(i < 1000);
+        begin(m, 1);
+        begin(m, 0);
+    }
+    pthread_join(thread, NULL);
+    hobbit_model_close(m);
+}
+
 static void predictions_that_make_no_sense_are_refused(void) {
     static const int32_t n_experts[] = {EXPERTS, EXPERTS};
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
@@ -1465,6 +1491,7 @@ int main(void) {
     RUN(a_read_that_is_given_up_frees_its_slot);
     RUN(a_demand_takes_over_a_read_ahead);
     RUN(expectations_never_starve_a_demand);
+    RUN(the_predictor_in_force_is_told_meanwhile);
     RUN(predictions_that_make_no_sense_are_refused);
     RUN(every_failure_to_predict_is_undone);
     RUN(maps_are_kept);
