@@ -107,7 +107,8 @@ def soak(options: argparse.Namespace) -> int:
         f"{stats.misses} misses, {stats.evictions} evictions, {stats.read_bytes / MIB:.0f} MiB read"
     )
     print(
-        f"resident memory {first / MIB:.1f} MiB after {len(jobs)} jobs, grew by {growth / MIB:.1f}"
+        f"resident memory {first / MIB:.1f} MiB after {2 * len(jobs)} jobs, "
+        f"grew by {growth / MIB:.1f}"
     )
     good = wrong == 0 and growth <= MOST_GROWTH
     print("good" if good else "FAILED")
