@@ -116,7 +116,8 @@ uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *p, int32_t n_gr
 }
 
 static bool is_sensible(const struct hobbit_prediction *p, int32_t n_groups, const int32_t *n_experts) {
-    return p->kind >= HOBBIT_PREDICT_NONE && p->kind <= HOBBIT_PREDICT_AUTO && p->depth >= 1 &&
+    return p->kind >= HOBBIT_PREDICT_NONE && p->kind <= HOBBIT_PREDICT_AUTO &&
+           !(p->kind == HOBBIT_PREDICT_AUTO && p->always) && p->depth >= 1 &&
            p->depth <= HB_FORECAST_DEPTH && p->n_embd > 0 && p->least_odds >= 0 &&
            (!has_maps(p) || hb_map_predictor_bytes(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth) > 0);
 }

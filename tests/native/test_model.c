@@ -1346,8 +1346,9 @@ static void predictions_that_make_no_sense_are_refused(void) {
     CHECK_EQUAL(bytes[HOBBIT_PREDICT_NONE], 0);
     CHECK_EQUAL(bytes[HOBBIT_PREDICT_AUTO], bytes[HOBBIT_PREDICT_GATE] + bytes[HOBBIT_PREDICT_MAP]);
     CHECK_EQUAL(bytes[HOBBIT_PREDICT_MAP], hb_map_predictor_bytes(2, n_experts, 8, 4, 2));
-    for (int bad = 0; bad < 7; bad++) {
-        struct hobbit_prediction p = prediction_of(HOBBIT_PREDICT_MAP);
+    for (int bad = 0; bad < 8; bad++) {
+        struct hobbit_prediction p = prediction_of(bad == 7 ? HOBBIT_PREDICT_AUTO : HOBBIT_PREDICT_MAP);
+        p.always = bad == 7; /* of whichever is fastest */
         p.kind = bad == 0 ? -1 : bad == 1 ? HOBBIT_PREDICT_AUTO + 1 : p.kind;
         p.depth = bad == 2 ? 0 : bad == 3 ? HB_FORECAST_DEPTH + 1 : p.depth;
         p.n_embd = bad == 4 ? 0 : p.n_embd;
