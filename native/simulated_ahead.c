@@ -92,7 +92,9 @@ void hb_simulated_unprotect(struct hb_simulator *sim, int32_t group) {
     for (int32_t i = 0; i < sim->n_expected; i++) {
         struct hb_simulated_ahead *a = &sim->expected[i];
         if (a->pinned && (group < 0 || a->key.group == group)) {
-            hb_cache_pin(sim->cache, a->key, false);
+            if (hb_cache_peek(sim->cache, a->key) >= 0) { /* else its high copy has come, and took its place */
+                hb_cache_pin(sim->cache, a->key, false);
+            }
             a->pinned = false;
         }
     }

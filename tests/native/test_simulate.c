@@ -189,6 +189,21 @@ static void what_is_predicted_is_protected(void) {
     }
 }
 
+/* While the layer is computed for which it is predicted again. */
+static void what_is_protected_may_be_promoted(void) {
+    struct hobbit_simulation s = cache(HOBBIT_POLICY_LRU);
+    struct hobbit_pool large = {.bytes = 800, .slot_bytes = {100, 40}, .n_slots = {8, 8}};
+    const float t1[] = {0.5f, 0.5f}, t2[] = {0.9f, 0.9f};
+    s.rule.t1 = t1, s.rule.t2 = t2, s.pools = &large, s.predicted = 1;
+    begin();
+    add(L, 0, 0, 1); /* 1 is low */
+    add(L, 0, 1, 0); /* and high now */
+    add(P, 0, 0, 1); /* its low copy is there still */
+    add(L, 0, 0, 1);
+    CHECK_EQUAL(run(&s), HOBBIT_OK);
+    CHECK(out.promotions == 1 && hits[3] == 2);
+}
+
 static void more_than_fits_is_computed_in_waves(void) {
     struct hobbit_simulation s = cache(HOBBIT_POLICY_LRU);
     begin();
@@ -262,6 +277,7 @@ int main(void) {
     RUN(predictions_use_the_disks_idle_time);
     RUN(what_is_read_ahead_again_was_read_in_vain);
     RUN(what_is_predicted_is_protected);
+    RUN(what_is_protected_may_be_promoted);
     RUN(more_than_fits_is_computed_in_waves);
     RUN(nonsense_is_refused);
     RUN(every_failed_allocation_is_one_error);
