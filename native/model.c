@@ -259,9 +259,8 @@ void hobbit_model_new_sequence(struct hobbit_model *m) {
 void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
-        hb_model_give_up(m, -1);
+        hb_model_end_background(m);
         hb_cache_forget(m->cache);
-        m->next_warm = m->n_warm;
         for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
             m->in_vain[i] = 0;
         }

@@ -1044,7 +1044,8 @@ static off_t offset_of(int matrix, int32_t e) {
     return (off_t) (matrices[matrix].offset + (uint64_t) e * matrices[matrix].expert_bytes);
 }
 
-static void what_is_waited_for_goes_before_the_background(void) {
+/* Group 0 alone, with room for all copies, and one reader thread. */
+static struct hobbit_model *low_model(void) {
     const struct hobbit_matrix of_a[] = {matrices[0], matrices[1], matrices[3], matrices[4]};
     struct hobbit_options options = describe(HOBBIT_IO_BUFFERED);
     options.matrices = of_a, options.n_matrices = 4, options.n_groups = 1, options.io_threads = 1;
@@ -1052,6 +1053,25 @@ static void what_is_waited_for_goes_before_the_background(void) {
     uint64_t h = hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH), l = hobbit_model_slot_bytes(m, 0, HOBBIT_LOW);
     const struct hobbit_pool pool = {.bytes = EXPERTS * (h + l), .slot_bytes = {h, l}, .n_slots = {EXPERTS, EXPERTS}};
     CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[]) {0}, err, sizeof err), HOBBIT_OK);
+    return m;
+}
+
+static void low_copies_that_are_read_ahead_are_kept_too(void) {
+    struct hobbit_model *m = low_model();
+    faults_pread = slow;
+    hb_model_lock(m);
+    CHECK(!hb_model_expect(m, 0, 1, (int32_t[]) {3}, (int32_t[]) {HOBBIT_LOW}, (float[]) {1}));
+    hb_model_unlock(m);
+    CHECK_EQUAL(hobbit_model_keep_low(m, err, sizeof err), HOBBIT_OK);
+    faults_pread = NULL;
+    CHECK_EQUAL(stats_of(m).n_cached, EXPERTS);
+    hobbit_model_forget(m);
+    CHECK_EQUAL(stats_of(m).n_cached, EXPERTS);
+    hobbit_model_close(m);
+}
+
+static void what_is_waited_for_goes_before_the_background(void) {
+    struct hobbit_model *m = low_model();
     CHECK_EQUAL(hobbit_model_keep_low(m, err, sizeof err), HOBBIT_OK);
     hb_model_lock(m);
     begin_in_background(m, 1);
@@ -1173,6 +1193,18 @@ static void what_is_expected_is_protected_until_its_layer_begins(void) {
         CHECK(stats_of(m).ahead == 0);
         hobbit_model_close(m);
     }
+}
+
+static void what_was_being_read_is_not_cached_after_forgetting(void) {
+    struct hobbit_model *m = one_pool_model(4);
+    CHECK(!expect(m, 0, (int32_t[]) {3}, 1));
+    while (stats_of(m).read_bytes < HIGH_BYTES) { /* read, and not taken in */
+        usleep(100);
+    }
+    hobbit_model_forget(m);
+    CHECK_EQUAL(hobbit_model_settle(m), 0);
+    CHECK(!has(m, high(0, 3)) && stats_of(m).n_cached == 0);
+    hobbit_model_close(m);
 }
 
 static void what_is_expected_of_another_layer_stays(void) {
@@ -1483,9 +1515,11 @@ int main(void) {
     RUN(reading_ahead_ends_when_it_fails_or_is_forgotten_or_closed);
     RUN(computations_go_on_meanwhile);
 
+    RUN(low_copies_that_are_read_ahead_are_kept_too);
     RUN(what_is_waited_for_goes_before_the_background);
     RUN(what_is_expected_is_protected_until_its_layer_begins);
     RUN(a_low_copy_that_comes_with_its_high_one_is_no_read_of_its_own);
+    RUN(what_was_being_read_is_not_cached_after_forgetting);
     RUN(what_is_expected_of_another_layer_stays);
     RUN(what_is_missing_is_read_ahead);
     RUN(a_share_of_the_cache_is_expected_at_most);
