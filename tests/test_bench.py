@@ -156,6 +156,15 @@ def test_reads_go_on_beside_and_end(model: Path) -> None:
     assert children() == before
 
 
+def test_reads_beside_that_end_are_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_READER", "raise SystemExit('no such disk')")
+    with (
+        pytest.raises(HobbitError, match="the reads beside the run ended: no such disk"),
+        bench._reads(setup(model), 1e6),
+    ):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
+
 def children() -> set[int]:
     task = Path(f"/proc/{os.getpid()}/task")
     return {int(n) for file in task.glob("*/children") for n in file.read_text().split()}
