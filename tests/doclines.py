@@ -45,7 +45,8 @@ def commands(text: str) -> list[Command]:
 
 
 def _commands_of(line: str) -> Iterator[Command]:
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=_OPERATORS)
+    without_stderr = re.sub(r"\s2>\s*(&1|\S+)", "", line)
+    lexer = shlex.shlex(without_stderr, posix=True, punctuation_chars=_OPERATORS)
     lexer.whitespace_split = True
     words: list[str] = []
     stdout = redirection = ""
