@@ -2,3 +2,4 @@
 
 from .location import Located as Located
 from .location import locate as locate
+from .skeleton import is_estimate as is_estimate

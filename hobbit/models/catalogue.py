@@ -58,9 +58,12 @@ def known_source(repo: str) -> Known | None:
 
 
 def _entry(name: str, table: dict[str, Any]) -> Known:
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    values = _frozen(table)
     shape = values.pop("shape", None)
     if shape is not None:
-        lists = {key: tuple(v) if isinstance(v, list) else v for key, v in shape.items()}
-        values["shape"] = Shape(**lists)
+        values["shape"] = Shape(**_frozen(shape))
     return Known(name=name, **values)
+
+
+def _frozen(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}

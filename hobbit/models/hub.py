@@ -80,7 +80,9 @@ def asking(what: str) -> Iterator[None]:
         status = getattr(exc.response, "status_code", "no")
         raise HubError(f"{what}: the hub answered with status {status}: try again later") from exc
     except (errors.HTTPError, ConnectionError, TimeoutError) as exc:
-        raise Unreachable(f"{what}: the hub cannot be reached ({exc or type(exc).__name__})") from exc
+        raise Unreachable(
+            f"{what}: the hub cannot be reached ({exc or type(exc).__name__})"
+        ) from exc
     except ValueError as exc:  # a name that cannot be one
         raise HubError(f"{what}: {exc}") from exc
 

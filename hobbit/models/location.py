@@ -55,8 +55,8 @@ class Located:
     def header(self) -> GGUF:
         """Return the model's header, of which nothing else is read.
 
-        Of a remote one some MB are fetched; where that fails, or for a known one, it is made from
-        the shape: `is_estimate` tells.
+        Of a remote one some MB are fetched; where there is no way to it, or for a known one, it is
+        made from the shape, which `is_estimate` tells.
         """
         if self.path is not None:
             return open_gguf(self.path)
@@ -68,11 +68,6 @@ class Located:
                     raise
         return self._skeleton()
 
-    @property
-    def is_estimate(self) -> bool:
-        """Whether the header is made from a shape, as far as is known before it is asked for."""
-        return self.kind == "known"
-
     def _has_skeleton(self) -> bool:
         return self.known is not None and self.known.shape is not None and self.quant in MIXTURES
 
@@ -80,6 +75,16 @@ class Located:
         if self.known is None or not self._has_skeleton():
             raise ModelError(self.why or f"{self.name}: {self.quant} is known by name only")
         return self.known.skeleton(self.quant)
+
+
+def check(name: str) -> None:
+    """Raise ModelError for what can be no model's name; neither network nor header is asked."""
+    path, wanted = Path(name).expanduser(), parse_name(name)
+    is_path = path.exists() or path.suffix.lower() == ".gguf"
+    if not is_path and not wanted.is_repository and _known(wanted.base) is None:
+        stored = stored_models()
+        if _of_base(stored, wanted) is None:
+            _by_part(name, stored)
 
 
 def locate(name: str | None) -> Located:
@@ -92,7 +97,7 @@ def locate(name: str | None) -> Located:
     if name is None or name == DEMO:
         return _demo()
     path = Path(name).expanduser()
-    if path.exists() or path.suffix.lower() == ".gguf" and ":" not in name:
+    if path.exists() or (path.suffix.lower() == ".gguf" and ":" not in name):
         return _file(name, path)
     wanted = parse_name(name)
     known = _known(wanted.base)
@@ -107,6 +112,22 @@ def locate(name: str | None) -> Located:
     return _elsewhere(name, wanted, known or known_source(wanted.base))
 
 
+def locate_here(name: str) -> Located:
+    """Find a model as `locate` does, on this machine only; without a path it is not here."""
+    if name == DEMO:
+        return _demo()
+    path = Path(name).expanduser()
+    if path.exists():
+        return _file(name, path)
+    wanted = parse_name(name)
+    known = _known(wanted.base)
+    stored = stored_models()
+    here = _of_base(stored, replace(wanted, base=known.source) if known else wanted)
+    if here is None and (known is not None or wanted.is_repository):
+        return Located(name, known=known)
+    return _local(name, here or _by_part(name, stored), known)
+
+
 def _demo() -> Located:
     known = known_models()[DEMO]
     if demo.path().is_file():
@@ -119,7 +140,11 @@ def _file(name: str, path: Path) -> Located:
         return Located(name, quant_of(path.name), path, FILE)
     models = models_in(path)
     if len(models) != 1:
-        some = f"{len(models)} models, as {models[0][0].name} and {models[1][0].name}" if models else ""
+        some = (
+            f"{len(models)} models, as {models[0][0].name} and {models[1][0].name}"
+            if models
+            else ""
+        )
         raise ModelError(f"{path}: the folder has {some or 'no .gguf file'}: name one file")
     first = models[0][0]
     return Located(name, quant_of(first.name), first, FILE)

@@ -79,7 +79,8 @@ def model_files(files: list[str]) -> list[list[str]]:
 def choose(files: list[str], quant: str = "", default: str = "Q4_K_M") -> list[str]:
     """Pick one model among a repository's files: all of its parts, in order.
 
-    `quant` is a quantisation, in any case, or a file's name. Without one: `default`, else the first.
+    `quant` is a quantisation, in any case, or a file's name. Without one it is `default`, or else
+    the first.
     """
     models = model_files(files)
     if quant.lower().endswith(".gguf"):

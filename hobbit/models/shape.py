@@ -171,8 +171,9 @@ def _attention(kind: _Kind, s: Shape) -> Iterator[tuple[str, Dims]]:
         yield "attn_output.bias", (s.embd,)
     if kind.q_norm:
         for name in ("q", "k"):
-            yield f"attn_{name}_norm.weight", (
-                widths[name] if kind.q_norm == "whole" else s.head_dim,
+            yield (
+                f"attn_{name}_norm.weight",
+                (widths[name] if kind.q_norm == "whole" else s.head_dim,),
             )
     if kind.sinks:
         yield "attn_sinks.weight", (s.heads,)

@@ -14,6 +14,7 @@ from ..gguf_file import DEFAULT_ALIGNMENT, GGML_TYPES, GGUF, Entry, Part, Tensor
 from .mixtures import Model, file_type, tensor_types
 from .shape import Shape, tensor_shapes
 
+_ESTIMATE = "hobbit.estimate"
 # A token and its merge, with their lengths and types, in the usual vocabularies.
 _BYTES_A_TOKEN = 48
 
@@ -35,10 +36,16 @@ def skeleton(name: str, arch: str, shape: Shape, mixture: str) -> GGUF:
         nbytes = math.prod(dims) // kind.block * kind.nbytes
         tensors[tensor] = Tensor(tensor, dims, types[tensor], 0, at, nbytes)
         at = padded(at + nbytes, DEFAULT_ALIGNMENT)
-    values = _metadata(name, arch, shape) | {"general.file_type": file_type(mixture)}
+    values = _metadata(name, arch, shape)
+    values |= {"general.file_type": file_type(mixture), _ESTIMATE: True}
     entries = {key: Entry(value, 0, 0) for key, value in values.items()}
     part = Part(Path(f"{name}-{mixture}.gguf"), at, data, DEFAULT_ALIGNMENT)
     return GGUF([part], entries, tensors)
+
+
+def is_estimate(gguf: GGUF) -> bool:
+    """Say whether a header was made here, from a shape, and not read from a file."""
+    return bool(gguf.get(_ESTIMATE, False))
 
 
 def _metadata(name: str, arch: str, s: Shape) -> dict[str, Any]:
