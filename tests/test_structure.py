@@ -34,7 +34,8 @@ LAYERS: dict[str, set[str]] = {
         "bench", "calibrate", "cgroup", "choices", "evaluate", "lab", "search", "tracing", "tune",
     },
     "asking and showing": {
-        "bench_options", "bench_rows", "listing", "modes", "options", "plot", "render", "report", "simulating",
+        "bench_options", "bench_rows", "listing", "modes", "options", "plot", "render", "report",
+        "simulating",
     },
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.console", "cli.eval", "cli.flags",

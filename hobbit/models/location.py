@@ -132,7 +132,7 @@ def _demo() -> Located:
     known = known_models()[DEMO]
     if demo.path().is_file():
         return Located(DEMO, "Q8_0", demo.path(), OWN, known=known)
-    return Located(DEMO, "Q8_0", known=known, why="demo: is made on first use: hobbit pull demo")
+    return Located(DEMO, "Q8_0", known=known)
 
 
 def _file(name: str, path: Path) -> Located:
