@@ -128,6 +128,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._counted = Stats()
         self._sequences: set[int] = set()  # that `decode` saw and that did not end
         self._fingerprint = ""  # known with a warm start
+        self._measured = ContextMemory(0, 0, 0)
+        self._process_bytes = 0  # before anything was loaded; known with the first plan
         self._own_arguments: dict[str, Any] = {
             "memory": memory,
             "cache_bytes": cache_bytes,
@@ -153,7 +155,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
         self.prediction = parse_prediction(predict) if isinstance(predict, str) else predict
         layout = build_layout(open_gguf(Path(model_path)))
-        self.quality: Quality = _chosen(layout, self._own_arguments)
+        self._asked_quality = _chosen(layout, self._own_arguments)
+        self.quality: Quality = self._asked_quality
         # A nested copy cannot be without its low copies.
         self.layout: Layout = layout if layout.low else replace(layout, low=self.quality.low)
         self._cap = _cap(memory, cache_bytes)
@@ -223,7 +226,29 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if rule.is_exact and self.plan.low_is_resident:
             raise UsageError("with resident low copies nothing is exact: load the model without")
         self._moe().set_rule(rule)
-        self.quality = Quality("rule", rule, self.layout.low)
+        self.quality = self._asked_quality = Quality("rule", rule, self.layout.low)
+
+    def set_memory(self, memory: str | int) -> None:
+        """Change the cap of a loaded model, from any thread and also while it generates.
+
+        The cache of experts is made anew; those used most so far are read back in the background.
+        Raises PlanError, and changes nothing, where the cap is too small; so does a model that
+        does not stream, all of which is in memory.
+        """
+        before = self._cap, self.plan, self.quality, self._own_arguments
+        self._own_arguments = self._own_arguments | {"memory": memory, "cache_bytes": None}
+        try:
+            self._cap = _cap(memory, None)
+            slot_bytes = self._streamed.slot_bytes() if self._streamed else ()
+            self._make_plan(slot_bytes)
+        except HobbitError:
+            self._cap, self.plan, self.quality, self._own_arguments = before
+            raise
+        if self._streamed is not None:
+            self._fill_plan(self._streamed)
+            uses = self._streamed.usage()
+            everything = self.plan.mode == "resident-experts"
+            self._streamed.warm(usage.order(uses, everything=everything))
 
     def forget(self) -> None:
         """Drop every cached expert."""
@@ -453,11 +478,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         streamed = StreamedModel(self.layout, self._cancelled, own["io"], own["io_threads"])
         self._stack.callback(streamed.close)
         self._streamed = streamed
-        measured = measure(streamed.load, params, self._context_params())
-        self._make_plan(measured, streamed.slot_bytes())
+        self._measured = measure(streamed.load, params, self._context_params())
+        self._make_plan(streamed.slot_bytes())
+        self._fill_plan(streamed)
+        streamed.set_prediction(self.prediction)
+        model = streamed.load(params, self.verbose)
+        if own["warm_start"]:
+            self._warm(streamed)
+        return model
+
+    def _fill_plan(self, streamed: StreamedModel) -> None:
+        """Make the expert cache of the plan, with its policy and the rule that fits it."""
         streamed.allocate(self.plan.pools)
         streamed.set_policy(self.policy)
-        streamed.set_prediction(self.prediction)
         if self.rule == ALL_LOW and self.quality.all_low is not None:
             # Everything may be low; but what there is room for can be high, where it is asked for.
             if self.plan.low_is_resident:
@@ -468,10 +501,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             streamed.set_rule(self.rule)
         if self.plan.low_is_resident:
             streamed.keep_low()
-        model = streamed.load(params, self.verbose)
-        if own["warm_start"]:
-            self._warm(streamed)
-        return model
 
     def _warm(self, streamed: StreamedModel) -> None:
         """Start to read what earlier runs used most; all experts where there is room for all."""
@@ -494,10 +523,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         params.use_extra_bufts = params.use_extra_bufts and not has_amx()
         if params.load_mode == llama_cpp.LLAMA_LOAD_MODE_MMAP:
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # mapped pages could be evicted
-        if params.vocab_only:
-            self._make_plan(ContextMemory(0, 0, 0), ())
-        else:
-            self._make_plan(measure(self._load_path, params, self._context_params()), ())
+        if not params.vocab_only:
+            self._measured = measure(self._load_path, params, self._context_params())
+        self._make_plan(())
         return self._load_path(params)
 
     def _load_path(self, params: Any) -> int:
@@ -507,13 +535,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self.verbose,
         )
 
-    def _make_plan(self, measured: ContextMemory, slot_bytes: Sequence[SlotBytes]) -> None:
-        cache, process = self._own_arguments["cache_bytes"], _resident_bytes() + _PROCESS_GROWTH
+    def _make_plan(self, slot_bytes: Sequence[SlotBytes]) -> None:
+        cache = self._own_arguments["cache_bytes"]
+        # What there is before the model is, whenever the plan is made.
+        self._process_bytes = self._process_bytes or _resident_bytes() + _PROCESS_GROWTH
+        process = self._process_bytes
 
         def divide(cap_bytes: int) -> MemoryPlan:
-            parts = self._parts(
-                measured, bool(slot_bytes), process + cap_bytes // _PAGE_TABLE_SHARE
-            )
+            parts = self._parts(bool(slot_bytes), process + cap_bytes // _PAGE_TABLE_SHARE)
             return plan(self._cap, self.layout, parts, slot_bytes, cache)
 
         try:
@@ -521,7 +550,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         except PlanError as error:
             divide(error.needed_bytes)  # the page tables of the cap that the error is to name
             raise
-        self.quality = self.quality.at(self.plan.cached_share)
+        self.quality = self._asked_quality.at(self.plan.cached_share)
         if self._keeps_low():
             self.plan = self.plan.with_resident_low()
         if self._on_plan is not None:
@@ -546,8 +575,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             )
         return True
 
-    def _parts(self, measured: ContextMemory, streams: bool, process: int) -> list[Line]:
+    def _parts(self, streams: bool, process: int) -> list[Line]:
         """The fixed parts of the plan."""
+        measured = self._measured
         parts = [
             Line("dense", measured.dense, "weights every token needs, in anonymous memory"),
             Line("kv", measured.kv, f"context of {self._context_params().n_ctx} tokens"),

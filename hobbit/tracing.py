@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def check_dest(path: Path) -> None:
-    """Refuse to write a trace over a file that is something else, such as a model."""
+    """Refuse to write a trace where none can be, or over a file that is something else."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file with -o")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
     if path.is_file() and path.stat().st_size and not is_trace(path):
         raise UsageError(f"{path} exists and is no trace: name another file with -o")
 

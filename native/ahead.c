@@ -104,18 +104,10 @@ static bool has_maps(const struct hobbit_prediction *p) {
     return p->kind == HOBBIT_PREDICT_MAP || (p->kind == HOBBIT_PREDICT_AUTO && p->map_capacity != 0);
 }
 
-static int32_t most_of(int32_t n_groups, const int32_t *n_experts) {
-    int32_t most = 0;
-    for (int32_t g = 0; g < n_groups; g++) {
-        most = n_experts[g] > most ? n_experts[g] : most;
-    }
-    return most;
-}
-
 uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *p, int32_t n_groups, const int32_t *n_experts) {
     uint64_t bytes = 0;
     if (has_gate(p)) {
-        bytes += hb_forecast_bytes(n_groups, p->n_embd, most_of(n_groups, n_experts), p->depth);
+        bytes += hb_forecast_bytes(n_groups, p->n_embd, hb_most_experts(n_groups, n_experts), p->depth);
     }
     if (has_maps(p)) {
         bytes += hb_map_predictor_bytes(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth);
@@ -135,7 +127,7 @@ static enum hobbit_status replace(struct hobbit_model *m, const struct hobbit_pr
     struct hb_forecast *forecast = NULL;
     struct hb_map_predictor *maps = NULL;
     if (has_gate(p)) {
-        forecast = hb_forecast_new(n_groups, p->n_embd, most_of(n_groups, n_experts), p->depth);
+        forecast = hb_forecast_new(n_groups, p->n_embd, hb_most_experts(n_groups, n_experts), p->depth);
     }
     if (has_maps(p)) {
         maps = hb_map_predictor_new(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth);

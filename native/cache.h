@@ -43,8 +43,8 @@ bool hb_cache_set_policy(struct hb_cache *cache, const struct hobbit_policy *pol
 void hb_cache_begin(struct hb_cache *cache, int32_t group, int32_t n_tokens);
 /* What this sequence uses is told apart from now on: see hb_records_add. Sequence 0 needs none. */
 bool hb_cache_add_sequence(struct hb_cache *cache, int32_t sequence);
-/* The sequence ended, or a new one takes its place: its records of uses are forgotten, or aged where the policy says so;
- * those of others stay. O(experts + slots). */
+/* The sequence ended, or a new one takes its place: its records of uses are forgotten, or aged where the policy says
+ * so; those of others stay. O(experts + slots). */
 void hb_cache_reset(struct hb_cache *cache, int32_t sequence);
 
 /* The slot (numbered within its bank) that holds the copy in READY state, or -1. */

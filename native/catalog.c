@@ -67,6 +67,7 @@ static enum hobbit_status add_groups(struct hb_catalog *c, const struct hobbit_o
             snprintf(err, err_len, "too many experts");
             return HOBBIT_FORMAT;
         }
+        c->most_experts = from->n_expert > c->most_experts ? from->n_expert : c->most_experts;
     }
     return HOBBIT_OK;
 }

@@ -41,6 +41,7 @@ struct hb_group {
 
 struct hb_catalog {
     int32_t n_files, n_matrices, n_groups, n_experts;
+    int32_t most_experts; /* of a group */
     char **paths;
     struct hb_file *files;
     struct hb_matrix *matrices;

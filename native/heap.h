@@ -1,6 +1,6 @@
 /* Pairing heaps over numbered nodes in one array. A node is in one heap or in none, and a heap is the number of its
- * smallest node. Insertion is O(1), removal of any node O(log n) amortised; nothing is ever allocated. Nodes are ordered
- * by key, then by `tie`, which must be unique: the smallest is then the same whatever the order of insertion. */
+ * smallest node. Insertion is O(1), removal of any node O(log n) amortised; nothing is ever allocated. Nodes are
+ * ordered by key, then by `tie`, which must be unique: the smallest is then the same in whatever order they came. */
 #ifndef HB_HEAP_H
 #define HB_HEAP_H
 

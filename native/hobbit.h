@@ -258,7 +258,9 @@ int32_t hobbit_model_open(const struct hobbit_options *options, struct hobbit_mo
                           size_t err_len);
 /* Bytes one slot of this group takes in the arena, padding for direct I/O included. */
 uint64_t hobbit_model_slot_bytes(const struct hobbit_model *model, int32_t group, int32_t precision);
-/* Reserve the arena. `pool_of_group` has one entry a group. */
+/* Reserve the arena; `pool_of_group` has one entry a group. Again: another one in its place, from the next layer on.
+ * What was cached is dropped, and the policy (LRU again), low copies that are kept and what the cache knows of uses
+ * begin anew; hobbit_model_usage does not. HOBBIT_NOMEM leaves the model without a cache. */
 int32_t hobbit_model_allocate(struct hobbit_model *model, const struct hobbit_pool *pools, int32_t n_pools,
                               const int32_t *pool_of_group, char *err, size_t err_len);
 /* In force from the next layer on. HOBBIT_ARG: a number makes no sense, or low copies are asked for and not there. */
@@ -296,9 +298,9 @@ int32_t hobbit_model_load_maps(struct hobbit_model *model, const char *path, con
 /* What comes now is another sequence: what the policy knows of the uses in the last one is out of date. Those that
  * hobbit_model_rows tells apart are sequences beside it, but for number 0, which is this one. */
 void hobbit_model_new_sequence(struct hobbit_model *model);
-/* Say whose the rows of the next llama_decode are, for the policy and the trace: what is computed does not depend on it.
- * From the first layer on that has other rows, and from the next call with NULL on, rows are sequence 0's. HOBBIT_ARG: a
- * number makes no sense. */
+/* Say whose the rows of the next llama_decode are, for the policy and the trace: what is computed does not depend on
+ * it. From the first layer on that has other rows, and from the next call with NULL on, rows are sequence 0's.
+ * HOBBIT_ARG: a number makes no sense. */
 int32_t hobbit_model_rows(struct hobbit_model *model, const struct hobbit_rows *rows, char *err, size_t err_len);
 /* One that hobbit_model_rows named is over, or its number is given to another: what the policy knows of its uses is out
  * of date, and of the others' is not. */

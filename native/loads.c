@@ -91,7 +91,7 @@ bool hb_model_start_read(struct hobbit_model *m, struct hb_key key, bool backgro
         return false;
     }
     int32_t slot = hb_cache_claim(m->cache, key);
-    atomic_store(&m->counters.evictions, hb_cache_evictions(m->cache));
+    atomic_store(&m->counters.evictions, m->evicted_before + hb_cache_evictions(m->cache));
     if (slot < 0) {
         if (nested) {
             give_up_low(m, key, with_low);
@@ -224,6 +224,17 @@ static bool take_in(struct hobbit_model *m, struct hb_load *load) {
     }
     atomic_store(&m->counters.cached, (uint64_t) hb_cache_n_ready(m->cache));
     return job->error == 0;
+}
+
+void hb_model_end_background(struct hobbit_model *m) {
+    hb_model_give_up(m, -1);
+    m->n_wanted = 0;
+    m->next_warm = m->n_warm;
+    hb_reader_withdraw(m->reader);
+    while (m->in_background > 0) {
+        struct hb_job *job = hb_reader_next(m->reader, true);
+        (void) take_in(m, job->owner);
+    }
 }
 
 void hb_model_settle(struct hobbit_model *m) {

@@ -28,14 +28,6 @@ struct hb_map_predictor {
     bool *marked;            /* [most] */
 };
 
-static int32_t most_experts(int32_t n_groups, const int32_t *n_experts) {
-    int32_t most = 0;
-    for (int32_t g = 0; g < n_groups; g++) {
-        most = n_experts[g] > most ? n_experts[g] : most;
-    }
-    return most;
-}
-
 static size_t of_pending(int32_t n_groups, int32_t depth) {
     return (size_t) n_groups * (size_t) depth * sizeof(struct pending);
 }
@@ -46,7 +38,7 @@ size_t hb_map_predictor_bytes(int32_t n_groups, const int32_t *n_experts, int32_
     if (maps == 0 || depth < 1 || depth > HB_MAP_DEPTH) {
         return 0;
     }
-    size_t most = (size_t) most_experts(n_groups, n_experts);
+    size_t most = (size_t) hb_most_experts(n_groups, n_experts);
     return maps + sizeof(struct hb_map_predictor) + of_pending(n_groups, depth) + most * (3 * sizeof(float) + 1);
 }
 
@@ -58,7 +50,7 @@ struct hb_map_predictor *hb_map_predictor_new(int32_t n_groups, const int32_t *n
     }
     m->maps = hb_maps_new(n_groups, n_experts, n_embd, capacity, DISTANCE);
     if (m->maps != NULL) {
-        size_t most = (size_t) most_experts(n_groups, n_experts);
+        size_t most = (size_t) hb_most_experts(n_groups, n_experts);
         m->n_groups = n_groups, m->n_embd = n_embd, m->depth = depth, m->most = (int32_t) most;
         m->pending = calloc(1, of_pending(n_groups, depth));
         m->z = malloc(most * (3 * sizeof *m->z + 1) + 1);

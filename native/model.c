@@ -169,22 +169,33 @@ static bool new_pool(struct hb_pool *pool, const struct hobbit_pool *size) {
     return true;
 }
 
-int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *pools, int32_t n_pools,
-                              const int32_t *pool_of_group, char *err, size_t err_len) {
-    if (m->cache != NULL || n_pools < 1 || !pools_fit(m, pools, n_pools, pool_of_group)) {
-        snprintf(err, err_len, "the pools do not fit the model's experts");
-        return HOBBIT_ARG;
+/* Before another cache takes its place. */
+static void drop_cache(struct hobbit_model *m) {
+    hb_model_end_background(m);
+    m->evicted_before += hb_cache_evictions(m->cache);
+    hb_rows_free(m->rows);
+    m->rows = NULL; /* the new one has no records of them */
+    m->low_kept = false;
+    atomic_store(&m->counters.cached, 0);
+    if (m->trace != NULL) {
+        (void) hb_trace_forget(m->trace); /* the next event reports the error */
     }
+    release_arena(m);
+}
+
+static enum hobbit_status allocate(struct hobbit_model *m, const struct hobbit_pool *pools, int32_t n_pools,
+                                   const int32_t *pool_of_group) {
     enum hobbit_status status = HOBBIT_NOMEM;
+    uint64_t bytes = 0, n_slots = 0;
     size_t groups_bytes = (size_t) m->catalog.n_groups * sizeof *m->pool_of_group;
     m->n_pools = n_pools;
     m->pools = calloc((size_t) n_pools, sizeof *m->pools);
     m->pool_of_group = malloc(groups_bytes);
-    m->cache_bytes = 0;
     bool good = m->pools != NULL && m->pool_of_group != NULL;
     for (int32_t i = 0; good && i < n_pools; i++) {
-        m->cache_bytes += pools[i].bytes;
         good = new_pool(&m->pools[i], &pools[i]);
+        bytes += pools[i].bytes;
+        n_slots += (uint64_t) pools[i].n_slots[HOBBIT_HIGH];
     }
     if (good) {
         memcpy(m->pool_of_group, pool_of_group, groups_bytes);
@@ -192,7 +203,27 @@ int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *
     }
     if (status != HOBBIT_OK) {
         release_arena(m);
-        snprintf(err, err_len, "no memory for an expert cache of %llu bytes", (unsigned long long) m->cache_bytes);
+        bytes = n_slots = 0;
+    }
+    atomic_store(&m->counters.cache_bytes, bytes);
+    atomic_store(&m->counters.n_slots, n_slots);
+    return status;
+}
+
+int32_t hobbit_model_allocate(struct hobbit_model *m, const struct hobbit_pool *pools, int32_t n_pools,
+                              const int32_t *pool_of_group, char *err, size_t err_len) {
+    if (n_pools < 1 || !pools_fit(m, pools, n_pools, pool_of_group)) {
+        snprintf(err, err_len, "the pools do not fit the model's experts");
+        return HOBBIT_ARG;
+    }
+    hb_model_lock(m);
+    if (m->cache != NULL) {
+        drop_cache(m);
+    }
+    enum hobbit_status status = allocate(m, pools, n_pools, pool_of_group);
+    hb_model_unlock(m);
+    if (status != HOBBIT_OK) {
+        snprintf(err, err_len, "no memory for the expert cache");
     }
     return status;
 }
@@ -319,15 +350,13 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .unscored = atomic_load(&c->unscored),
         .promotions = atomic_load(&c->promotions),
         .stand_ins = atomic_load(&c->stand_ins),
-        .cache_bytes = m->cache != NULL ? m->cache_bytes : 0,
+        .cache_bytes = atomic_load(&c->cache_bytes),
+        .n_slots = (int32_t) atomic_load(&c->n_slots),
         .direct_io = 1,
     };
     hb_reader_counters(m->reader, &out->read_bytes, &out->read_calls);
     for (int32_t i = 0; i < m->catalog.n_files; i++) {
         out->direct_io &= m->catalog.files[i].direct;
-    }
-    for (int32_t p = 0; m->cache != NULL && p < m->n_pools; p++) {
-        out->n_slots += m->pools[p].banks[HOBBIT_HIGH].arena.n_slots;
     }
 }
 

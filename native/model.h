@@ -27,6 +27,7 @@ struct hb_counters {
     atomic_uint_fast64_t predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
+    atomic_uint_fast64_t cache_bytes, n_slots; /* of the arena as it is: stats are asked for while it is exchanged */
 };
 
 /* What calibration gathers; see hobbit_model_observe and hobbit_model_collect. NULL where it is not wanted. */
@@ -104,9 +105,9 @@ struct hb_map_predictor *hb_model_map_predictor(struct hobbit_model *model);
 int32_t hb_model_predictor(const struct hobbit_model *model, int32_t *depth);
 /* What hb_model_choose would say now, without any consequence. */
 int32_t hb_model_expectation(const struct hobbit_model *model, int32_t group, int32_t expert, int32_t need);
-/* These copies will be used when the group is computed, with such odds, the likeliest first: those cached are protected
- * until then; the others are read while nothing else is, unless the odds are poor. Returns whether all are cached, which is to say that looking further
- * ahead pays. */
+/* These copies will be used when the group is computed, with such odds, the likeliest first: those cached are
+ * protected until then; the others are read while nothing else is, unless the odds are poor. Returns whether all are
+ * cached, which is to say that looking further ahead pays. */
 bool hb_model_expect(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
                      const int32_t *precisions, const float *odds);
 /* The look-ups of this group are done: what was read for it and not asked for is not read to its end. -1: of any. */

@@ -56,7 +56,6 @@ struct hobbit_model {
     struct hb_pool *pools;
     int32_t *pool_of_group;
     int32_t n_pools;
-    uint64_t cache_bytes;
     struct hb_rule rule;
     struct range {
         double sum;
@@ -74,6 +73,7 @@ struct hobbit_model {
     uint64_t *used; /* one an expert: look-ups */
     struct hb_key *warm; /* high copies to read before they are asked for; those before `next_warm` are dealt with */
     int32_t n_warm, next_warm;
+    uint64_t evicted_before; /* in caches that this one took the place of */
     int32_t in_foreground, in_background; /* reads under way that are waited for, and that are not */
     struct hb_key wanted[HB_MAX_BACKGROUND]; /* high copies to read in the background */
     int32_t n_wanted;
@@ -99,6 +99,8 @@ struct hobbit_model {
 
 /* Start reading a copy that has no slot yet; false when too much is pinned or under way. */
 bool hb_model_start_read(struct hobbit_model *model, struct hb_key key, bool background);
+/* Read nothing in the background any more, and nothing of what is wanted so. Returns when no read is under way. */
+void hb_model_end_background(struct hobbit_model *model);
 /* Start those of the warm list that there is room for, a few at a time. */
 void hb_model_warm_on(struct hobbit_model *model);
 /* Protect no more what is expected of the group; -1: of any. */

@@ -56,7 +56,7 @@ void hb_policy_use(const struct hobbit_policy *policy, struct hb_usage *usage, i
                    uint64_t pass, const struct hb_moment *now);
 /* At the start of a sequence: by how many tokens the records of the last one age. 0: they are forgotten. */
 uint64_t hb_policy_age(const struct hobbit_policy *policy);
-/* HOBBIT_POLICY_LCU's classes change when a layer is computed: whether its used experts are to be put in order again. */
+/* HOBBIT_POLICY_LCU's classes change when a layer is computed: whether its used experts are to be ordered again. */
 bool hb_policy_moves_used(const struct hobbit_policy *policy);
 
 #endif

@@ -187,17 +187,12 @@ static void predict(const struct hb_segment *s, const struct hb_routing *routing
 }
 
 void hb_predict(struct hb_block *memory, const struct hb_segment *s, const struct hb_routing *routing) {
-    const struct hb_catalog *catalog = hb_model_catalog(s->model);
-    int32_t most_experts = 0;
     if (!any_streams(s->model, s->group) || hb_model_has_schedule(s->model)) {
         return; /* there is room for all that follows; or it is not the routing that decides */
     }
-    for (int32_t g = 0; g < catalog->n_groups; g++) {
-        most_experts = catalog->groups[g].n_expert > most_experts ? catalog->groups[g].n_expert : most_experts;
-    }
     struct space space;
     uint64_t start = hb_now_ns();
-    if (reserve(&space, memory, most_experts)) {
+    if (reserve(&space, memory, hb_model_catalog(s->model)->most_experts)) {
         predict(s, routing, &space);
     }
     atomic_fetch_add(&hb_model_counters(s->model)->predict_ns, hb_now_ns() - start);

@@ -1,13 +1,13 @@
 /* What is known of the experts' uses, sequence by sequence, and added up for the policy.
  *
  * The policy sees one record an expert: uses and heat are summed over the sequences, the last use is the latest. While
- * there is only one sequence that sum is its record. From the second on each has one of its own beside, so that its part
- * can be taken away when it ends; the others' stay what they were, to the bit. All have one clock, struct hb_moment: a
- * ubatch counts as many tokens as the sequence with most rows has, so that what is remembered of a sequence ages as it
- * would alone. T, the tokens so far, begins again when nothing is remembered of any.
+ * there is only one sequence that sum is its record. From the second on each has one of its own beside, so that its
+ * part can be taken away when it ends; the others' stay what they were, to the bit. All have one clock, struct
+ * hb_moment: a ubatch counts as many tokens as the sequence with most rows has, so that what is remembered of a
+ * sequence ages as it would alone. T, the tokens so far, begins again when nothing is remembered of any.
  *
- * Memory is allocated when a sequence is added; looking up is O(1), a use O(sequences that share it). At most HB_RECORDS
- * sequences are told apart: those from HB_RECORDS - 1 on share a record, which ends with any of them. */
+ * Memory is allocated when a sequence is added; looking up is O(1), a use O(sequences that share it). At most
+ * HB_RECORDS sequences are told apart: those from HB_RECORDS - 1 on share a record, which ends with any of them. */
 #ifndef HB_RECORDS_H
 #define HB_RECORDS_H
 

@@ -5,6 +5,14 @@
 
 #define LANES 16 /* sums side by side, so that the compiler may use vectors */
 
+int32_t hb_most_experts(int32_t n_groups, const int32_t *n_experts) {
+    int32_t most = 0;
+    for (int32_t g = 0; g < n_groups; g++) {
+        most = n_experts[g] > most ? n_experts[g] : most;
+    }
+    return most;
+}
+
 float hb_router_dot(const float *a, const float *b, int32_t n) {
     float sums[LANES] = {0}, sum = 0;
     int32_t i = 0;

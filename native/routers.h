@@ -14,6 +14,8 @@ struct hb_router {
     int32_t n_embd, n_expert, n_used;
 };
 
+/* The largest of [n_groups] numbers of experts. */
+int32_t hb_most_experts(int32_t n_groups, const int32_t *n_experts);
 float hb_router_dot(const float *a, const float *b, int32_t n);
 /* z = W x + b, [n_expert], of any x [n_embd]. The sums are not in llama.cpp's order: z is equal up to rounding. */
 void hb_router_logits(const struct hb_router *router, const float *x, float *z);

@@ -1,9 +1,10 @@
-/* Whose the rows of a layer are. llama.cpp tells a backend the routing of each row and nothing else, so the caller says
- * before a llama_decode in which order the rows of the batch will be computed, and this follows the layers as they come.
+/* Whose the rows of a layer are. llama.cpp tells a backend the routing of each row and nothing else, so the caller
+ * says before a llama_decode in which order the rows of the batch will be computed, and this follows the layers as
+ * they come.
  *
- * A ubatch ends where a group comes that is not after the one before. A layer has all rows of its ubatch, or those with
- * outputs (as the last layer, where few logits are asked for). As soon as a layer has another number of rows, what the
- * caller said is not what is computed, and no row is known until it says something new. */
+ * A ubatch ends where a group comes that is not after the one before. A layer has all rows of its ubatch, or those
+ * with outputs (as the last layer, where few logits are asked for). As soon as a layer has another number of rows,
+ * what the caller said is not what is computed, and no row is known until it says something new. */
 #ifndef HB_ROWS_H
 #define HB_ROWS_H
 

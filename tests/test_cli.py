@@ -405,6 +405,16 @@ def test_disk_full_has_its_own_exit_code(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err == "hobbit: error: cannot write the demo\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [(("simulate",), "hobbit simulate"), (("run", "--foo"), "hobbit run"), (("foo",), "hobbit")],
+)
+def test_the_parser_s_hint_names_the_command(arguments: tuple[str, ...], command: str) -> None:
+    done = hobbit(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"hint: {command} --help"
+
+
 def test_an_unforeseen_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert app._report(KeyError("x")) == 1
     assert capfd.readouterr().err.splitlines() == [

@@ -428,6 +428,8 @@ class TestCommand:
             (("--show", dest), 2, f"cannot read {dest}"),
             (("--show", model), 3, "m.gguf: is not a routing trace"),
             ((model, "-o", model), 2, "m.gguf exists and is no trace"),
+            ((model, "-o", tmp_path), 2, "is a folder: name a file"),
+            ((model, "-o", tmp_path / "none" / "t"), 2, "there is no folder"),
             ((model, "-o", dest, "-f", tmp_path / "none"), 2, "cannot read"),
             ((model, "-o", dest, "-f", tmp_path / "empty"), 2, "the text is empty"),
         ):

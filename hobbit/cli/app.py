@@ -98,7 +98,8 @@ def _report(exc: BaseException) -> int:
     # The parser's own errors; their class is private to typer.
     format_message = getattr(exc, "format_message", None)
     if format_message is not None:
-        screen.error(format_message(), "hobbit --help, hobbit run --help")
+        context = getattr(exc, "ctx", None)
+        screen.error(format_message(), f"{context.command_path if context else 'hobbit'} --help")
         return int(getattr(exc, "exit_code", 2))
     if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
         forget_stdout()

@@ -74,6 +74,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     add("--memory", help="the cap, as hobbit bench has it (default: 55%%model)")
     add("--disks", nargs="+", metavar="SIZE", default=["none", "500MB"], help="read limits")
     add("--threads", type=int, default=2)
+    add("--interference", action="store_true", help="a second roofline, as hobbit bench has it")
     add("--models-dir", type=Path, default=MODELS_DIR)
     add("--model-file", type=Path, help="with --quick: this one in place of the demo")
     return parser.parse_args(args)
@@ -169,6 +170,7 @@ def part(subject: Subject, disk: str, options: argparse.Namespace) -> dict[str, 
         options.runs or (1 if options.quick else 5),
         0 if disk == "none" else parse_size(disk),
         low=subject.files,
+        interference=options.interference,
     )
     say(f"{subject.title}, disk limit: {disk}")
     return {
@@ -179,8 +181,13 @@ def part(subject: Subject, disk: str, options: argparse.Namespace) -> dict[str, 
         "cap_bytes": cap,
         "size_bytes": file_bytes(gguf),
         "runs": setup.repetitions,
-        "rows": rows(measure(setup, lambda text: say(f"  {text}"))),
+        "rows": [told(row) for row in rows(measure(setup, lambda text: say(f"  {text}")))],
     }
+
+
+def told(row: Row) -> Row:
+    """Name files by their name alone: the report is for other machines too."""
+    return row | {key: Path(row[key]).name for key in ("model_filename", "text")}
 
 
 # The report

@@ -9,7 +9,7 @@
 
 atomic_int faults_allocation, faults_thread, faults_map, faults_pread_calls;
 atomic_bool faults_gate_open;
-faults_pread_function *faults_pread;
+faults_pread_function *_Atomic faults_pread;
 
 static bool fails(atomic_int *countdown) {
     return atomic_load(countdown) > 0 && atomic_fetch_sub(countdown, 1) == 1;
@@ -65,7 +65,8 @@ ssize_t __real_pread(int fd, void *dst, size_t length, off_t offset);
 ssize_t __wrap_pread(int fd, void *dst, size_t length, off_t offset);
 ssize_t __wrap_pread(int fd, void *dst, size_t length, off_t offset) {
     atomic_fetch_add(&faults_pread_calls, 1);
-    return faults_pread != NULL ? faults_pread(fd, dst, length, offset) : __real_pread(fd, dst, length, offset);
+    faults_pread_function *instead = faults_pread;
+    return instead != NULL ? instead(fd, dst, length, offset) : __real_pread(fd, dst, length, offset);
 }
 
 ssize_t faults_real_pread(int fd, void *dst, size_t length, off_t offset) {

@@ -12,7 +12,7 @@ extern atomic_int faults_map;        /* mmap */
 
 /* In place of pread where not NULL; may call faults_real_pread. Set while nobody reads. */
 typedef ssize_t faults_pread_function(int fd, void *dst, size_t length, off_t offset);
-extern faults_pread_function *faults_pread;
+extern faults_pread_function *_Atomic faults_pread;
 ssize_t faults_real_pread(int fd, void *dst, size_t length, off_t offset);
 extern atomic_int faults_pread_calls;
 /* For faults_pread: reads that begin, and end once the gate is open. */

@@ -167,7 +167,6 @@ static void the_arena_is_checked(void) {
     CHECK_EQUAL(hobbit_model_allocate(m, good, 0, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_ARG);
     CHECK(!hb_model_ready(m));
     CHECK_EQUAL(hobbit_model_allocate(m, good, 1, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_OK);
-    CHECK_EQUAL(allocate(m, 2, 2), HOBBIT_ARG); /* once only */
     CHECK_EQUAL(stats_of(m).cache_bytes, 2 * a);
     CHECK_EQUAL(stats_of(m).n_slots, 2);
     hobbit_model_close(m);
@@ -851,6 +850,34 @@ static void what_there_is_room_for_is_read_in_order(void) {
     hobbit_model_close(m);
 }
 
+static void another_arena_takes_the_place_of_one(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 3);
+    uint64_t seed = 1, before = 0, counts[2 * EXPERTS], sum = 0;
+    for (int i = 0; i < 20; i++) {
+        int32_t slots = 1 + (int32_t) check_random(&seed, EXPERTS);
+        CHECK_EQUAL(use(m, 0, (int32_t) check_random(&seed, EXPERTS), 1), 0);
+        CHECK_EQUAL(use(m, 1, (int32_t) check_random(&seed, EXPERTS), 1), 0);
+        CHECK_EQUAL(warm(m, 0, (int32_t[]) {5, 2, 0, 1, 3}, 5), HOBBIT_OK); /* reads are under way */
+        CHECK_EQUAL(allocate(m, slots, slots), HOBBIT_OK);
+        struct hobbit_stats stats = stats_of(m);
+        CHECK(stats.n_slots == 2 * slots && stats.n_cached == 0 && stats.evictions >= before);
+        before = stats.evictions;
+        CHECK_EQUAL(hobbit_model_settle(m), 0); /* and nothing is left of them */
+        CHECK_EQUAL(use(m, 0, 0, slots), 0);
+        CHECK_EQUAL(use(m, 0, 1, slots), 0);
+    }
+    CHECK(before > 0);
+    hobbit_model_usage(m, counts);
+    for (int i = 0; i < 2 * EXPERTS; i++) {
+        sum += counts[i];
+    }
+    CHECK_EQUAL(sum, stats_of(m).hits + stats_of(m).misses);
+    const struct hobbit_pool small = plain(1, 1);
+    CHECK_EQUAL(hobbit_model_allocate(m, &small, 1, (int32_t[]) {0, 0}, err, sizeof err), HOBBIT_ARG);
+    CHECK(hb_model_ready(m)); /* what is refused changes nothing */
+    hobbit_model_close(m);
+}
+
 static void a_list_of_experts_is_checked(void) {
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
     CHECK_EQUAL(warm(m, 0, (int32_t[]) {0}, 1), HOBBIT_ARG); /* no cache yet */
@@ -1392,6 +1419,7 @@ int main(void) {
     RUN(memory_goes_with_the_copies);
     RUN(uses_are_counted);
     RUN(what_there_is_room_for_is_read_in_order);
+    RUN(another_arena_takes_the_place_of_one);
     RUN(a_list_of_experts_is_checked);
     RUN(a_copy_asked_for_while_it_is_read_is_waited_for);
     RUN(reads_nobody_waits_for_do_not_stand_in_the_way);

@@ -1,5 +1,5 @@
-/* Description: records of several sequences add up to what a list of all uses says; the end of one takes away its part and
- * nothing else. */
+/* Description: records of several sequences add up to what a list of all uses says; the end of one takes away its part
+ * and nothing else. */
 #include "records.h"
 
 #include <math.h>
