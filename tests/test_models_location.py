@@ -116,6 +116,8 @@ def test_other_tools(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert locate("user/repo").path == studio
     assert locate("olmoe").path == locate("olmoe:latest").path == blob
+    assert locate("olmoe").quant == ""
+    assert row(stored_models()[-1]).quant == "F32"
     monkeypatch.setenv("LLAMA_CACHE", str(machine / "elsewhere"))
     other = put(machine / "elsewhere" / "y.gguf")
     assert other in [model.path for model in stored_models()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -214,6 +215,35 @@ def test_rm(hub: FakeHub, run: Run, cache: Path) -> None:
     assert json.loads(run("ls", "--json").stdout)["models"] == []
     assert not [*cache.parent.rglob("*.gguf")]
     assert run("rm", "some/tiny", "-y").returncode == 3
+
+
+@pytest.mark.parametrize(("answer", "left"), [("n", 1), ("", 1), ("y", 0)])
+def test_rm_asks_on_a_terminal(
+    hub: FakeHub, run: Run, environment_of: dict[str, str], answer: str, left: int
+) -> None:
+    run("pull", "some/tiny")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "hobbit", "rm", "some/tiny"]
+    child = subprocess.Popen(
+        command, env=environment_of, stdin=theirs, stdout=theirs, stderr=theirs, text=True
+    )
+    said = b""
+    while b"[y/N]" not in said:
+        said += os.read(ours, 1024)
+    assert b"remove some/tiny:Q4_K_M (773.2 KiB)?" in said
+    os.write(ours, f"{answer}\n".encode())
+    assert child.wait(60) == (0 if answer == "y" else 1)
+    os.close(theirs)
+    os.close(ours)
+    assert len(json.loads(run("ls", "--json").stdout)["models"]) == left
+
+
+def test_known_models_are_listed(run: Run) -> None:
+    known = json.loads(run("ls", "--known", "--json").stdout)["models"]
+    assert {"demo", "gpt-oss-20b"} < {model["name"] for model in known}
+    table = run("ls", "--known").stdout.splitlines()
+    assert len(table) == len(known) + 1
+    assert any(line.startswith("gpt-oss-20b ") and "11.3 GiB" in line for line in table)
 
 
 def test_rm_leaves_other_tools_alone(run: Run, tmp_path: Path) -> None:

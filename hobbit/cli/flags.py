@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 
+MODEL_HELP = "A .gguf file, or the name of a model (docs/models.md); demo if none is given."
+
+
 POLICY_HELP = (
     "Who is evicted from the cache of experts: decay, hobbit, lcu, lfru, lfu or lru, perhaps with "
     "settings, as decay:half_life=64."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ModelError
 from ..render import Screen, cap_lines, mode_line
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def get_model(located: Located, screen: Screen) -> Path:
 def _name(options: Options) -> str | None:
     if not options.hf_repo:
         return options.model_name
-    if options.hf_file is None:
-        return options.hf_repo
-    return f"{options.hf_repo.partition(':')[0]}:{options.hf_file}"
+    repo = options.hf_repo.partition(":")[0]
+    if repo.count("/") != 1:
+        raise ModelError(f"-hf {options.hf_repo}: must be user/name or user/name:quantisation")
+    return options.hf_repo if options.hf_file is None else f"{repo}:{options.hf_file}"
 
 
 def load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> Llama:

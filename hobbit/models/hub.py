@@ -74,6 +74,8 @@ def asking(what: str) -> Iterator[None]:
             f"{what}: there is no such repository, or it is private: check the name; for a private "
             "one log in with `hf auth login`, or set HF_TOKEN"
         ) from exc
+    except errors.LocalEntryNotFoundError as exc:
+        raise Unreachable(f"{what}: the hub cannot be reached") from exc
     except (errors.EntryNotFoundError, errors.RevisionNotFoundError) as exc:
         raise HubError(f"{what}: is not in the repository") from exc
     except errors.HfHubHTTPError as exc:

@@ -151,7 +151,8 @@ def _file(name: str, path: Path) -> Located:
 
 
 def _local(name: str, model: Stored, known: Known | None = None) -> Located:
-    quant = quant_of(model.path.name) or model.name.partition(":")[2]
+    # What ollama calls a file tells nothing; its tag may.
+    quant = quant_of(model.path.name) or quant_of(f"-{model.name.partition(':')[2]}")
     return Located(name, quant, model.path, model.store, known=known)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_HOSTS = re.compile(r"^(https?://)?(www\.)?(hf\.co|huggingface\.co)/", re.IGNORECASE)
+_HOSTS = re.compile(r"^(https?://)?(www\.)?(hf|huggingface)\.\w+/", re.IGNORECASE)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 # What a file's name says of its quantisation.

@@ -48,7 +48,7 @@ class Stored:
 def stored_models() -> list[Stored]:
     """Return all of them, in the order in which a name is looked for."""
     found = [*_own(), *_hub(), *_llama_cpp(), *_lm_studio(), *_ollama()]
-    return [model for model in found if all(path.is_file() for path in model.paths)]
+    return [model for model in found if all(_is_readable(path) for path in model.paths)]
 
 
 def hub_cache() -> Path:
@@ -140,6 +140,10 @@ def _ollama_blob(manifest: Path) -> str | None:
     if not isinstance(digest, str) or not digest.startswith("sha256:") or "/" in digest:
         return None
     return digest.replace(":", "-", 1)
+
+
+def _is_readable(path: Path) -> bool:
+    return os.path.isfile(path) and os.access(path, os.R_OK)
 
 
 def _with_quant(name: str, file: str) -> str:
