@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,12 @@ import numpy as np
 import pytest
 from fakehub import COMMIT, FakeHub, serving, sha256
 from moefile import write_moe
+from tiny import make_text_model
 
 from hobbit.errors import NoSpace
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import build_layout
+from hobbit.models.catalogue import known_models
 from hobbit.models.hub import HubError, RemoteFile, Repository, remote_header
 from hobbit.models.pulling import check_space
 
@@ -198,6 +201,21 @@ def test_run_fetches_what_is_not_here(hub: FakeHub, run: Run, cache: Path) -> No
     assert (cache / "snapshots" / COMMIT / SPLIT.format(1)).exists()
     assert run("run", "-hf", "some/tiny", "-hff", ONE, "x", "--memory", "20M").returncode == 4
     assert (cache / "snapshots" / COMMIT / ONE).exists()
+
+
+def test_the_commands_of_the_docs(hub: FakeHub, run: Run, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    name = known_models()["granite-3.1-1b-a400m"].source
+    path = make_text_model(tmp_path / "granite-Q4_K_M.gguf", arch="granitemoe")
+    hub.files[name] = {path.name: path.read_bytes()}
+    block = text.split("```sh\n")[1].split("```")[0]
+    quiet = {"HOBBIT_YES": "1", "HOBBIT_PREDICT": "4", "HOBBIT_THREADS": "1"}
+    lines = [shlex.split(line) for line in block.splitlines()]
+    assert [words[1] for words in lines] == ["ls", "pull", "ls", "show", "run", "rm"]
+    for words in lines:
+        done = run(*words[1:], **quiet)
+        assert done.returncode == 0, (words, done.stderr)
+        assert done.stdout
 
 
 def test_rm(hub: FakeHub, run: Run, cache: Path) -> None:
