@@ -18,7 +18,8 @@ class FakeHub:
 
     `gated`: repositories that want a token. `cut`: bytes after which the connection ends, for each
     answer in turn. `corrupt`: files of which other data is sent than the hub says. `hold`: bytes
-    after which the first answer waits for `go_on`; `waiting` is set then.
+    after which the first answer waits for `go_on`; `waiting` is set then. `cdn`: another server,
+    which has the data of the files; this one only says so.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class FakeHub:
         self.corrupt: set[str] = set()
         self.hold: int | None = None
         self.waiting, self.go_on = threading.Event(), threading.Event()
+        self.cdn = ""
         self.sent = 0
         self.ranges: list[str] = []
         self.tokens: set[str | None] = set()
@@ -79,13 +81,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        self.hub.tokens.add(self.headers.get("Authorization"))
         path = self.path.split("?")[0]
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/.+)?", path)
         resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         found = api or resolve
-        if found is None:
+        if found is None:  # as what huggingface_hub asks once a day for its own purposes
             return self._refuse(404, "")
+        self.hub.tokens.add(self.headers.get("Authorization"))
         repo = found[1]
         if repo not in self.hub.files:
             return self._refuse(404, "RepoNotFound")
@@ -95,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             told = {"id": repo, "sha": COMMIT, "siblings": self.hub.siblings(repo)}
             return self._send(json.dumps(told).encode(), {"Content-Type": "application/json"})
         assert resolve is not None
+        if self.hub.cdn and body:
+            return self._send(b"", {"Location": self.hub.cdn + self.path}, 302)
         data = self.hub.files[repo].get(resolve[2])
         if data is None:
             return self._refuse(404, "EntryNotFound")

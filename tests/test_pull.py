@@ -156,6 +156,18 @@ def test_gated(hub: FakeHub, run: Run) -> None:
     assert "Bearer hf_mine" in hub.tokens
 
 
+def test_the_token_stays_with_the_hub(hub: FakeHub, run: Run) -> None:
+    with serving() as cdn:
+        cdn.files, hub.cdn = hub.files, cdn.url
+        done = run("pull", "some/tiny", HF_TOKEN="hf_mine")
+        assert done.returncode == 0, done.stderr
+        assert hub.tokens == {"Bearer hf_mine"}
+        assert cdn.tokens == {None}
+        assert run("show", "some/tiny:Q8_0", HF_TOKEN="hf_mine").returncode == 0
+        assert cdn.tokens == {None}
+    assert hub.sent < 10_000
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
