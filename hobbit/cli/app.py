@@ -25,8 +25,12 @@ from ..render import Screen
 from .bench import bench
 from .console import forget_stdout, write
 from .eval import evaluate
+from .ls import ls
 from .prepare import prepare
+from .pull import pull
+from .rm import rm
 from .run import run
+from .show import show
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
@@ -142,6 +146,10 @@ for _name, _command in (
     ("run", run),
     ("verify", verify),
     ("prepare", prepare),
+    ("pull", pull),
+    ("ls", ls),
+    ("show", show),
+    ("rm", rm),
     ("eval", evaluate),
     ("trace", trace),
     ("bench", bench),
