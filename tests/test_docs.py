@@ -63,7 +63,7 @@ def test_changelog_begins_with_this_version() -> None:
 
 
 def test_known_models_have_the_documented_keys() -> None:
-    text = (ROOT / "hobbit" / "data" / "models.toml").read_text(encoding="utf-8")
+    text = (ROOT / "models.toml").read_text(encoding="utf-8")
     documented = set(re.findall(r"^#   (\w+)  ", text, re.MULTILINE))
     tables = re.split(r"^\[models\..*\]\n", text, flags=re.MULTILINE)[1::2]
     assert len(tables) == len(known_models())
