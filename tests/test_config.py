@@ -51,7 +51,7 @@ def test_it_is_what_a_run_gets(file: Path) -> None:
     ("text", "words"),
     [
         ('memroy = "1G"', "no command has memroy; did you mean memory?"),
-        ("[rum]\nthreads = 1", "no command has table rum; did you mean run?"),
+        ("[benhc]\nthreads = 1", "no command has table benhc; did you mean bench?"),
         ("[run]\nsweep = 1", "no command has run.sweep"),
         ("memory = ", "config.toml: "),
     ],

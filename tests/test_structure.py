@@ -19,9 +19,12 @@ NATIVE = ROOT / "native"
 LAYERS: dict[str, set[str]] = {
     "leaves": {"_log", "bench_arm", "cpus", "errors", "folders", "stats", "stock"},
     "files and settings": {
-        "calibration", "demo", "disk", "fingerprint", "gguf_file", "hub", "importance", "layout",
+        "calibration", "demo", "disk", "fingerprint", "gguf_file", "importance", "layout",
         "low_file", "low_types", "memory", "policy", "prediction", "quality", "rule", "schedule",
-        "sizes", "texts", "trace", "trace_summary", "usage",
+        "sizes", "texts", "trace", "trace_summary", "usage", "models", "models.catalogue",
+        "models.hub", "models.inventory", "models.location", "models.mixtures", "models.names",
+        "models.pulling", "models.removal", "models.shape", "models.skeleton", "models.stores",
+        "models.transfer",
     },
     "native": {
         "_native", "batches", "low_writer", "nested", "prepare", "simulate", "streamed", "structs",
@@ -31,14 +34,14 @@ LAYERS: dict[str, set[str]] = {
         "bench", "calibrate", "cgroup", "choices", "evaluate", "lab", "search", "tracing", "tune",
     },
     "asking and showing": {
-        "bench_options", "bench_rows", "modes", "options", "pictures", "pictures.files",
+        "bench_options", "bench_rows", "listing", "modes", "options", "pictures", "pictures.files",
         "pictures.png", "pictures.reports", "pictures.routing", "pictures.terminal", "plot",
         "render", "report", "simulating",
     },
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.config", "cli.console", "cli.eval",
-        "cli.flags", "cli.loading", "cli.plot", "cli.prepare", "cli.run", "cli.signals",
-        "cli.simulate", "cli.trace", "cli.verify",
+        "cli.flags", "cli.loading", "cli.ls", "cli.plot", "cli.prepare", "cli.pull", "cli.rm",
+        "cli.run", "cli.show", "cli.signals", "cli.simulate", "cli.trace", "cli.verify",
     },
 }  # fmt: skip
 
@@ -47,7 +50,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cffi": set(),
     "ctypes": {"_log"},
     "gguf": {"demo", "importance"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"models.hub", "models.removal", "models.stores", "models.transfer"},
     "llama_cpp": {
         "_log",
         "_native",
@@ -90,7 +93,10 @@ THIRD_PARTY: dict[str, set[str]] = {
         "cli.flags",
         "cli.plot",
         "cli.prepare",
+        "cli.pull",
+        "cli.rm",
         "cli.run",
+        "cli.show",
         "cli.simulate",
         "cli.trace",
         "cli.verify",

@@ -26,9 +26,13 @@ from .bench import bench
 from .config import config, default_map
 from .console import forget_stdout, write
 from .eval import evaluate
+from .ls import ls
 from .plot import plot
 from .prepare import prepare
+from .pull import pull
+from .rm import rm
 from .run import run
+from .show import show
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
@@ -146,6 +150,10 @@ for _name, _command in (
     ("run", run),
     ("verify", verify),
     ("prepare", prepare),
+    ("pull", pull),
+    ("ls", ls),
+    ("show", show),
+    ("rm", rm),
     ("eval", evaluate),
     ("trace", trace),
     ("bench", bench),

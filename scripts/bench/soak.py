@@ -27,7 +27,7 @@ from hobbit.layout import build_layout
 from hobbit.stock import Job, StockProcess, collect
 from hobbit.verify import cache_bytes
 
-# What resident memory may grow by from the first half of the jobs to the second: the allocator's noise.
+# What resident memory may grow by from the first half of the jobs to the second.
 MOST_GROWTH = 2 * MIB
 LONGEST = 160  # tokens of a prompt
 DECODED = 60
