@@ -19,19 +19,24 @@ NATIVE = ROOT / "native"
 LAYERS: dict[str, set[str]] = {
     "leaves": {"_log", "bench_arm", "cpus", "errors", "folders", "stats", "stock"},
     "files and settings": {
-        "calibration", "demo", "disk", "fingerprint", "gguf_file", "hub", "importance", "layout",
+        "calibration", "demo", "disk", "fingerprint", "gguf_file", "importance", "layout",
         "low_file", "low_types", "memory", "policy", "prediction", "quality", "rule", "schedule",
-        "sizes", "texts", "trace", "trace_summary", "usage",
+        "sizes", "texts", "trace", "trace_summary", "usage", "models", "models.catalogue",
+        "models.hub", "models.inventory", "models.location", "models.mixtures", "models.names",
+        "models.pulling", "models.removal", "models.shape", "models.skeleton", "models.stores",
+        "models.transfer",
     },
     "native": {
         "_native", "batches", "low_writer", "nested", "prepare", "simulate", "streamed", "structs",
     },
-    "running a model": {"__init__", "forced", "generate", "llama", "verify"},
+    "running a model": {"__init__", "forced", "generate", "llama", "patching", "verify"},
     "measuring": {
         "bench", "calibrate", "cgroup", "choices", "evaluate", "lab", "search", "tracing", "tune",
     },
     "asking and showing": {
-        "bench_options", "bench_rows", "modes", "options", "plot", "render", "report", "simulating",
+        "bench_options", "bench_rows", "listing", "modes", "options", "pictures", "pictures.files",
+        "pictures.png", "pictures.reports", "pictures.routing", "pictures.terminal", "plot",
+        "render", "report", "simulating",
     },
     "serving": {
         "serve", "serve.answer", "serve.app", "serve.channels", "serve.chat", "serve.engine",
@@ -41,9 +46,10 @@ LAYERS: dict[str, set[str]] = {
         "serve.start", "serve.stream", "serve.text", "serve.turns",
     },
     "commands": {
-        "__main__", "cli", "cli.app", "cli.bench", "cli.console", "cli.eval", "cli.flags",
-        "cli.loading", "cli.prepare", "cli.run", "cli.serve", "cli.signals", "cli.simulate",
-        "cli.trace", "cli.verify",
+        "__main__", "cli", "cli.app", "cli.bench", "cli.config", "cli.console", "cli.eval",
+        "cli.flags", "cli.loading", "cli.ls", "cli.plot", "cli.prepare", "cli.pull", "cli.rm",
+        "cli.run", "cli.serve", "cli.show", "cli.signals", "cli.simulate", "cli.trace",
+        "cli.verify",
     },
 }  # fmt: skip
 
@@ -52,7 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cffi": set(),
     "ctypes": {"_log"},
     "gguf": {"demo", "importance"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"models.hub", "models.removal", "models.stores", "models.transfer"},
     "llama_cpp": {
         "_log",
         "_native",
@@ -60,6 +66,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "forced",
         "generate",
         "llama",
+        "patching",
         "serve.answer",
         "serve.chat",
         "serve.scoring",
@@ -76,6 +83,10 @@ THIRD_PARTY: dict[str, set[str]] = {
         "lab",
         "llama",
         "low_writer",
+        "pictures",
+        "pictures.png",
+        "pictures.routing",
+        "pictures.terminal",
         "search",
         "serve.scoring",
         "simulate",
@@ -86,7 +97,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "verify",
     },
     "prometheus_client": {"serve.metrics"},
-    "rich": {"render"},
+    "rich": {"pictures.terminal", "render"},
     "starlette": {
         "serve.app",
         "serve.guard",
@@ -100,11 +111,16 @@ THIRD_PARTY: dict[str, set[str]] = {
     "typer": {
         "cli.app",
         "cli.bench",
+        "cli.config",
         "cli.eval",
         "cli.flags",
+        "cli.plot",
         "cli.prepare",
+        "cli.pull",
+        "cli.rm",
         "cli.run",
         "cli.serve",
+        "cli.show",
         "cli.simulate",
         "cli.trace",
         "cli.verify",

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import HobbitError
 from ..render import Screen, model_line, resident_lines
-from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, flag
+from .flags import MODEL_HELP, POLICY_HELP, PREDICTOR_HELP, chosen, flag
 from .loading import check_name, load, model_path
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def serve(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]", help="Path of a .gguf file, or demo (the default)."),
+        typer.Argument(metavar="[MODEL]", help=MODEL_HELP),
     ] = None,
     model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
     hf_repo: Annotated[
