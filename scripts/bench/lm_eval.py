@@ -22,6 +22,7 @@ from typing import Any
 
 import hobbit.stock
 from hobbit import demo
+from hobbit.render import Screen
 from hobbit.texts import SAMPLE, built_in
 
 TASK = "last_word"
@@ -61,7 +62,8 @@ with plain_llama(sys.argv[2], arguments) as llm:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if every score is stock's within the tolerance, else 1."""
     options, flags = parse_args(arguments)
-    path = options.model or demo.ensure(lambda stage, done, words="": None)
+    with Screen().progress() as report:
+        path = options.model or demo.ensure(report)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder, options.questions)
