@@ -81,11 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_args(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return our own options and the flags of `hobbit serve`; a first word is the model."""
     parser = argparse.ArgumentParser(prog="scripts/lm-eval", description=__doc__)
-    parser.add_argument("model", nargs="?", type=Path, help="a .gguf file (default: the demo)")
+    parser.usage = "%(prog)s [MODEL.gguf] [--questions N] [FLAG OF hobbit serve]..."
     parser.add_argument("--questions", type=int, default=60, metavar="N")
     parser.add_argument("--lm-eval", type=Path, required=True, help=argparse.SUPPRESS)
-    return parser.parse_known_args(arguments)
+    options, flags = parser.parse_known_args(arguments)
+    named = bool(flags) and not flags[0].startswith("-")
+    options.model = Path(flags.pop(0)) if named else None
+    return options, flags
 
 
 def questions(count: int) -> list[dict[str, Any]]:
