@@ -17,6 +17,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .llama import Llama
+    from .patching import patch
 
 __all__ = [
     "Cancelled",
@@ -28,6 +29,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "patch",
 ]
 
 __version__ = version("hobbit-moe")
@@ -39,4 +41,8 @@ def __getattr__(name: str) -> object:
         from .llama import Llama
 
         return Llama
+    if name == "patch":
+        from .patching import patch
+
+        return patch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,10 +23,17 @@ import typer
 from ..errors import HobbitError
 from ..render import Screen
 from .bench import bench
+from .config import config, default_map
 from .console import forget_stdout, write
 from .eval import evaluate
+from .ls import ls
+from .plot import plot
 from .prepare import prepare
+from .pull import pull
+from .rm import rm
 from .run import run
+from .serve import serve
+from .show import show
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
@@ -37,7 +44,7 @@ EXIT_DISK_FULL = 5
 
 app = typer.Typer(
     help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -125,6 +132,8 @@ def _options(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif not context.resilient_parsing:
+        context.default_map = default_map(context.command)
 
 
 def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
@@ -140,12 +149,19 @@ def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
 
 for _name, _command in (
     ("run", run),
+    ("serve", serve),
     ("verify", verify),
     ("prepare", prepare),
+    ("pull", pull),
+    ("ls", ls),
+    ("show", show),
+    ("rm", rm),
     ("eval", evaluate),
     ("trace", trace),
     ("bench", bench),
     ("simulate", simulate),
+    ("plot", plot),
+    ("config", config),
 ):
     app.command(_name)(_interruptible(_command))
 app.command("chat", help="Chat on a terminal: another name for run.")(_interruptible(run))
