@@ -247,7 +247,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if not self.takes_quality(quality):
             raise UsageError(f"quality {quality.name} needs the model to be loaded with it")
         settled = self._settled(quality.at(self.plan.cached_share))
-        self._moe().set_rule(settled.rule)
+        if self._streamed is not None or not settled.rule.is_exact:
+            self._moe().set_rule(settled.rule)
         self._asked_quality, self.quality = quality, settled
 
     @contextmanager

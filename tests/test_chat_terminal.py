@@ -233,6 +233,17 @@ def answers_so_far(screen: Terminal) -> list[str]:
     return screen.text.partition(">>> the sea")[2].split()
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_thoughts(model: Path, hidden: bool) -> None:
+    grammar = ("--grammar", 'root ::= "<think>hm</think>\\n\\nyes"')
+    flags = (*SMALL, "-c", "512", "-n", "40", *grammar, *["--hide-thinking"][: int(hidden)])
+    with started("run", model, *flags) as screen:
+        ready(screen)
+        screen.enter("the sea")
+        assert answers(screen) == ["yes\n" if hidden else "<think>hm</think>\n\nyes\n"]
+    assert (b"\x1b[2m<" in screen.raw) is not hidden
+
+
 @pytest.mark.parametrize("setting", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
 def test_colour(model: Path, setting: dict[str, str]) -> None:
     with started("run", model, *SHORT, **setting) as screen:

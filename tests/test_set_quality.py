@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gates import Bench
 from mixed import pair
+from moefile import write_moe
 
 import hobbit
 from hobbit.calibration import Point
@@ -55,6 +57,14 @@ def test_it_computes_as_if_loaded_so(model: tuple[str, Quality]) -> None:
         # The plan made anew by another cap keeps it.
         llm.set_memory("1G")
         assert (logits_of(llm), llm.quality) == (lossy, fast)
+
+
+def test_a_model_without_experts_is_exact(tmp_path: Path) -> None:
+    path = write_moe(tmp_path / "m.gguf", dense=True)
+    with hobbit.Llama(str(path), **ARGUMENTS) as llm:
+        llm.set_quality("exact")
+        with pytest.raises(hobbit.UsageError, match="has no experts"):
+            llm.set_quality("fast")
 
 
 def test_with_all_low_copies_kept_only_what_may_be_low_everywhere(

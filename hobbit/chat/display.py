@@ -53,6 +53,7 @@ class Answer(AbstractContextManager["Answer"]):
         rows = (view.PANEL_ROWS if display.panel else 1) if wanted else 0
         self._bottom = Bottom(rows, display.write, display.color)
         self._blank = True
+        self._shown = 0  # characters of the answer
         self._held: list[str] = []
 
     def __enter__(self) -> Answer:
@@ -73,11 +74,17 @@ class Answer(AbstractContextManager["Answer"]):
 
     def text(self, piece: str) -> None:
         self._display.live.token()
+        self._shown += len(piece)
         if self._display.whole:
             self._held.append(piece)
         else:
             self._show(piece)
         self.tick()
+
+    def complete(self, answer: str) -> None:
+        """Show what is kept of the answer and was not shown: an interrupt can come between."""
+        if missing := answer[self._shown :]:
+            self.text(missing)
 
     def tick(self) -> None:
         self._bottom.draw(self._display.rows)
@@ -90,7 +97,7 @@ class Answer(AbstractContextManager["Answer"]):
         display = self._display
         if thought and display.hide_thinking:
             return
-        if self._blank and not thought:
+        if self._blank:
             text = text.lstrip()
             self._blank = not text
         dim = thought and display.color

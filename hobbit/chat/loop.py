@@ -71,6 +71,7 @@ class Chat:
         self._display.live.llm = self._session.llm
         with no_echo(), Answer(self._display, thinking) as answer:
             reply = turn(interrupts.after(answer.text), interrupts.after(answer.tick))
+            answer.complete(reply.answer)
         if reply.result.signal is not None:
             _only_ctrl_c(reply.result.signal)
         self._commands.last = reply

@@ -140,7 +140,8 @@ def no_echo() -> Iterator[None]:
         yield
         return
     silent = [*before]
-    silent[3] &= ~termios.ECHO
+    # Else Ctrl-C would also throw away what was written and is not on the screen yet.
+    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH
     try:
         termios.tcsetattr(number, termios.TCSADRAIN, silent)
         yield

@@ -29,12 +29,14 @@ _ROOM_AFTER = 1 / 2
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a question. `dropped` turns no longer fitted, `cut` says that the context ended.
+    """What came of a question: `answer` as it is kept.
 
+    `dropped` turns no longer fitted, and `cut` says that the context ended within the answer.
     `kept` is false where the question was taken back, because no word of an answer came.
     """
 
     result: Result
+    answer: str
     dropped: int = 0
     cut: bool = False
     kept: bool = True
@@ -139,7 +141,7 @@ class Session:
             self._remember(fitted, answer)
         full = len(self.llm.eval_tokens) + 1 >= self.llm.n_ctx()
         cut = full and result.finish_reason == "length"
-        return Reply(result, fitted.dropped, cut, kept)
+        return Reply(result, answer, fitted.dropped, cut, kept)
 
     def _next_sampling(self) -> Sampling:
         """Return the settings with a seed of this answer's own."""
