@@ -17,6 +17,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .llama import Llama
+    from .planning.planner import plan
 
 __all__ = [
     "Cancelled",
@@ -28,6 +29,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "plan",
 ]
 
 __version__ = version("hobbit-moe")
@@ -39,4 +41,8 @@ def __getattr__(name: str) -> object:
         from .llama import Llama
 
         return Llama
+    if name == "plan":
+        from .planning.planner import plan
+
+        return plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,13 +24,16 @@ from ..errors import HobbitError
 from ..render import Screen
 from .bench import bench
 from .console import forget_stdout, write
+from .doctor import doctor
 from .eval import evaluate
+from .plan import plan
 from .prepare import prepare
 from .run import run
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
 from .verify import verify
+from .why import why
 
 EXIT_DISK_FULL = 5
 
@@ -140,6 +143,9 @@ def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
 
 for _name, _command in (
     ("run", run),
+    ("plan", plan),
+    ("why", why),
+    ("doctor", doctor),
     ("verify", verify),
     ("prepare", prepare),
     ("eval", evaluate),

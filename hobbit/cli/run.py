@@ -210,6 +210,7 @@ def _run(options: Options) -> int:
         sampling,
         system_prompt,
     )
+    from ..planning.feedback import expected, expected_line, finished
 
     screen = Screen(options.quiet, options.color)
     check_name(options)
@@ -232,11 +233,15 @@ def _run(options: Options) -> int:
         io = llm.stats.io or "none"
         facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
         screen.say(f"io: {io}   {facts}")
+        forecast = expected(llm)
+        if forecast is not None:
+            screen.say(expected_line(forecast))
         chat = has_chat_template(llm) and not options.raw
         if system and not chat:
             screen.say("the system prompt is not used: there is no chat template, or --raw")
         whole = options.no_stream or options.json_output
         result = generate(llm, Prompt(text, system, chat), settings, mute if whole else write)
+        missed = finished(llm, _shown_name(options), result, forecast)
         if options.json_output:
             config = options.resolved(settings) | {"model": str(path), "chat": chat}
             config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
@@ -247,8 +252,13 @@ def _run(options: Options) -> int:
         write("\n")
         if options.verbose:
             screen.say(*verbose_lines(result, load_s))
-        screen.say(stats_line(result, llm.quality))
+        screen.say(stats_line(result, llm.quality, missed))
     return 0 if result.signal is None else signal_code(result.signal)
+
+
+def _shown_name(options: Options) -> str:
+    """Return the model as a command names it."""
+    return options.model_name or (f"-hf {options.hf_repo}" if options.hf_repo else "demo")
 
 
 def _schedule(llm: Llama, options: Options) -> AbstractContextManager[None]:
