@@ -23,7 +23,7 @@ _LEAST_FILE = 2 * SIZES[-1]
 
 def checks(place: Path, quick: bool = False) -> Iterator[Check]:
     """Look at the disk under a folder or a file; `quick` leaves out how fast it is."""
-    folder = place if place.is_dir() else place.parent
+    folder = place.parent if place.is_file() else place
     try:
         yield _device(folder)
         file = place if place.is_file() else _largest_model(folder)

@@ -81,14 +81,20 @@ def _compute(
     kinds: Iterable[int], n_threads: int, again: bool, only_known: bool
 ) -> dict[str, dict[int, float]] | None:
     found: dict[str, dict[int, float]] = {"decode": {}, "prompt": {}}
+    failure: HobbitError | None = None
     for kind in kinds:
         known = None if again else _recalled(kind, n_threads)
         if known is None and only_known:
             return None
-        if known is None:
-            known = _measured(kind, n_threads)
+        try:
+            speed = known or _measured(kind, n_threads)
+        except HobbitError as exc:  # a type that this build cannot multiply by
+            failure = exc
+            continue
         for name in found:
-            found[name][kind] = known[name]
+            found[name][kind] = speed[name]
+    if failure is not None and not found["decode"]:
+        raise failure
     return found
 
 
