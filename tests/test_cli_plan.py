@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sparse
@@ -40,13 +40,14 @@ def known_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured: how fast that is would decide the tests."""
     monkeypatch.setenv("HOBBIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOBBIT_STATE", str(tmp_path / "state"))
-    speeds = {"decode": 1e10, "prompt": 5e10, "date": "2999-01-01T00:00:00+00:00"}
-    remember(disk.FILE, {"compute": {}})
-    known(speeds | {"date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())})
+    known(1e10)
 
 
-def known(speed: dict[str, Any]) -> None:
-    remember(disk.FILE, {"compute": {_key(kind, 1): speed for kind in (0, 1, 2, 8)}})
+def known(speed: float) -> None:
+    """Remember so many bytes a second of every type of weights."""
+    date = datetime.now(timezone.utc).isoformat()
+    speeds = {"decode": speed, "prompt": 5 * speed, "date": date}
+    remember(disk.FILE, {"compute": {_key(kind, 1): speeds for kind in (0, 1, 2, 8)}})
 
 
 def test_a_plan_says_whether_and_how_fast(big: Path) -> None:
@@ -165,13 +166,7 @@ def test_a_run_tells_plan_and_why(text_model: Path, tmp_path: Path) -> None:
     assert nothing.returncode == 1
     assert "no run has ended here yet" in nothing.stderr
     # the disk of the model is measured; the processor is known already, and is said to be slow
-    known(
-        {
-            "decode": 1e6,
-            "prompt": 1e7,
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        }
-    )
+    known(1e6)
     first = hobbit("plan", text_model, "-t", "1", "-c", "256")
     assert "no run here yet" in first.stdout
     done = hobbit("run", text_model, "-p", "the", "-n", "40", "--temp", "0", *SMALL)
