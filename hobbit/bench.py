@@ -208,9 +208,13 @@ def _reads(setup: Setup, bytes_per_s: float) -> Iterator[None]:
         yield
         return
     arguments = [_FOLDER.parent, setup.model, bytes_per_s, *setup.piece_bytes]
-    with Popen([sys.executable, "-c", _READER, *map(str, arguments)], stderr=PIPE) as process:
+    command = [sys.executable, "-c", _READER, *map(str, arguments)]
+    with Popen(command, stderr=PIPE, text=True) as process:
         try:
             yield
+            if process.poll() is not None:
+                told = _last(process.communicate()[1])
+                raise HobbitError(f"{setup.model}: the reads beside the run ended: {told}")
         finally:
             process.kill()
 
@@ -278,7 +282,8 @@ def disk_rate(setup: Setup) -> float:
     try:
         rate = float(done.stdout)
     except ValueError:
-        raise HobbitError(f"{setup.model}: the disk's rate is not known: {_last(done)}") from None
+        told = _last(done.stderr)
+        raise HobbitError(f"{setup.model}: the disk's rate is not known: {told}") from None
     if setup.read_bps and rate > _LEAK * setup.read_bps:
         raise CapUnavailable(
             f"reads come at {rate / 1e6:.0f} MB/s in spite of the limit of "
@@ -304,9 +309,10 @@ def _sample(arm: Arm, done: CompletedProcess[str]) -> Sample:
         where = f"its memory cap of {format_size(arm.cap)}" if arm.cap else "the system"
         raise PlanError(f"{arm.title}: killed by {where}: it needs more memory than that")
     if done.returncode or not sample:
-        raise HobbitError(f"{arm.title}: its process ended with {done.returncode}: {_last(done)}")
+        told = _last(done.stderr)
+        raise HobbitError(f"{arm.title}: its process ended with {done.returncode}: {told}")
     return sample
 
 
-def _last(done: CompletedProcess[str]) -> str:
-    return ((done.stderr or "").strip().splitlines() or ["without a word"])[-1]
+def _last(told: str | None) -> str:
+    return ((told or "").strip().splitlines() or ["without a word"])[-1]

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -152,7 +153,8 @@ class MemoryGroup(Group):
     ) -> None:
         if self.v1:
             # Its page cache would otherwise move to the parent group and stay.
-            (self.path / "memory.force_empty").write_text("0")
+            with suppress(OSError):  # something may still run in it
+                (self.path / "memory.force_empty").write_text("0")
         self._remove()
 
     def _remove(self) -> None:

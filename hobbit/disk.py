@@ -247,7 +247,7 @@ def _recalled(key: str) -> DiskRate | None:
         age = datetime.now(timezone.utc) - datetime.fromisoformat(known.date)
         numbers = (known.bytes_per_s, known.latency_s, known.pieces_per_s, known.piece_bytes)
         sound = all(0 < float(number) < float("inf") for number in numbers)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return known if sound and timedelta(0) <= age < KEPT else None
 

@@ -7,6 +7,7 @@ HobbitError
  +- ReadError (OSError)            an expert could not be read while generating
  +- Cancelled                      the generation was cancelled
  +- CapUnavailable                 this system or user cannot limit a process as a benchmark asks
+ +- NoSpace                        the disk has no room for what is to be written
  +- UsageError (ValueError)        an option has a value that means nothing
 
 The message is one line that a person can act on. Each class also inherits the built-in that a user
@@ -54,6 +55,12 @@ class Cancelled(HobbitError):
 
 class CapUnavailable(HobbitError):
     """This process may not make the cgroup that a benchmark's cap or read limit needs."""
+
+
+class NoSpace(HobbitError):
+    """The disk has no room for what is to be written."""
+
+    exit_code = 5
 
 
 class UsageError(HobbitError, ValueError):

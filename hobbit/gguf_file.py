@@ -1,4 +1,4 @@
-"""Read the header of a GGUF model, in one file or in parts.
+"""Read the header of a GGUF model, in one file or in parts, from a disk or from elsewhere.
 
 A model file is untrusted: every count and every size is checked against the file before it is used.
 Long arrays (a vocabulary) are stepped over, not built: opening a model takes milliseconds.
@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,8 @@ from .errors import ModelError, UnsupportedModelError
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
 
-_WINDOW = 1 << 20
+# Bytes read at once: few at first, for a later part's header is short.
+_FIRST_WINDOW, _WINDOW = 1 << 18, 1 << 20
 _MAX_KEY = 65535
 _MAX_STRING = 64 << 20
 _MAX_NAME = 63
@@ -159,19 +161,26 @@ class GGUF:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+PartHeader = tuple[Part, dict[str, Entry], dict[str, Tensor]]
+# Returns some of the bytes at an offset, at least one unless the file ends there: (length, offset).
+Read = Callable[[int, int], bytes]
+
+
 def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     """Read and check the header of a model; `path` is its only file or the first of its parts."""
-    first = Path(path)
-    part, entries, tensors = read_part(first, 0)
+    return join_parts(Path(path), read_part)
+
+
+def join_parts(first: Path, read: Callable[[Path, int], PartHeader]) -> GGUF:
+    """Make one header of a model's parts; `read` returns that of a path, told the part's number."""
+    part, entries, tensors = read(first, 0)
     # Before the architecture, which only the first part names: a later part is told what it is.
     siblings = _siblings(first, entries)
     if not isinstance(_value(entries, "general.architecture"), str):
         raise ModelError(f"{first}: the header names no architecture: not a model")
     parts = [part]
     for index, sibling in enumerate(siblings, start=1):
-        if not sibling.exists():
-            raise ModelError(f"{sibling}: part {index + 1} of this model is missing")
-        part, own, more = read_part(sibling, index)
+        part, own, more = read(sibling, index)
         if _value(own, "split.no") != index:
             raise ModelError(f"{sibling}: the header does not say that it is part {index + 1}")
         double = next((name for name in more if name in tensors), None)
@@ -209,12 +218,13 @@ def _siblings(first: Path, entries: dict[str, Entry]) -> list[Path]:
     return [first.with_name(name) for name in names[1:]]
 
 
-def read_part(path: Path, index: int = 0) -> tuple[Part, dict[str, Entry], dict[str, Tensor]]:
+def read_part(path: Path, index: int = 0) -> PartHeader:
     """Read and check one file's header; that it is of a model is not asked."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
+        what = f"part {index + 1} of this model is missing" if index else "no such file"
+        raise ModelError(f"{path}: {what}") from None
     except OSError as exc:
         raise ModelError(f"{path}: cannot open it: {exc.strerror}") from exc
     try:
@@ -223,15 +233,16 @@ def read_part(path: Path, index: int = 0) -> tuple[Part, dict[str, Entry], dict[
             raise ModelError(f"{path}: is a folder; name the .gguf file in it")
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(f"{path}: is not a regular file")
-        return _parse(_Header(fd, path, status.st_size), index)
+        return parse_part(lambda length, at: os.pread(fd, length, at), path, status.st_size, index)
     except OSError as exc:
         raise ModelError(f"{path}: cannot read it: {exc.strerror}") from exc
     finally:
         os.close(fd)
 
 
-def _parse(header: _Header, index: int) -> tuple[Part, dict[str, Entry], dict[str, Tensor]]:
-    path = header.path
+def parse_part(read: Read, path: Path, size: int, index: int = 0) -> PartHeader:
+    """Check the header of a file of `size` bytes; `path` is what messages call it."""
+    header = _Header(read, path, size)
     magic = header.take(4, "the magic") if header.size >= 4 else b""
     if magic != b"GGUF":
         raise ModelError(f"{path}: is not a GGUF file ({_describe(magic)})")
@@ -328,10 +339,11 @@ def padded(size: int, alignment: int) -> int:
 class _Header:
     """A cursor over the header that holds one window of the file in memory."""
 
-    def __init__(self, fd: int, path: Path, size: int) -> None:
+    def __init__(self, read: Read, path: Path, size: int) -> None:
         self.path = path
         self.size = size
-        self._fd = fd
+        self._read = read
+        self._ahead = _FIRST_WINDOW
         self._window = b""
         self._start = 0
         self._at = 0
@@ -353,10 +365,11 @@ class _Header:
                 f"{self.path}: is truncated or corrupt: {what} ends at byte {start + length}, "
                 f"the file has {self.size}"
             )
-        wanted = min(max(length, _WINDOW), self.size - start)
+        wanted = min(max(length, self._ahead), self.size - start)
+        self._ahead = min(2 * self._ahead, _WINDOW)
         window = bytearray()
         while len(window) < wanted:
-            chunk = os.pread(self._fd, wanted - len(window), start + len(window))
+            chunk = self._read(wanted - len(window), start + len(window))
             if not chunk:
                 raise ModelError(f"{self.path}: shrank while it was being read")
             window += chunk

@@ -26,6 +26,7 @@ _FLAGS = {LAYER: _WEIGHTS | _PROBS | _LISTED}
 PROB_ONE = 65535
 # What no sound file exceeds.
 _MAX_EXPERTS, _MAX_GROUPS, _MAX_SIZE = 512, 1 << 16, 1 << 48
+_MAX_COPY = 1 << 36
 _MAX_INT, _MAX_TOKEN = (1 << 31) - 1, (1 << 62) - 1
 
 Ints = npt.NDArray[np.int32]
@@ -175,6 +176,8 @@ class _Reader:
             self._damaged("its numbers of layers and pools make no sense")
         pools = tuple(self._pool() for _ in range(n_pools))
         self._groups = tuple(self._group(n_pools) for _ in range(n_groups))
+        if {group.pool for group in self._groups} != {*range(n_pools)}:
+            self._damaged("a part of its cache is of no layer")
         while self._event():
             pass
         if self._int(8) != len(self._events) or self._at != len(self._data):
@@ -206,7 +209,7 @@ class _Reader:
         raw = self._take(self._int(4))
         try:
             note = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             note = None
         if not isinstance(note, dict):
             self._damaged("its note is no JSON object")
@@ -214,6 +217,8 @@ class _Reader:
 
     def _pool(self) -> TracePool:
         size, (a, m), (b, n) = self._size(), *((self._size(), self._int(4)) for _ in "hl")
+        if not 1 <= a <= _MAX_COPY or b > _MAX_COPY:
+            self._damaged("a slot of its cache has a size that makes no sense")
         return TracePool(size, (a, b), (m, n))
 
     def _group(self, n_pools: int) -> TraceGroup:

@@ -18,6 +18,8 @@ from .folders import place, recall, remember
 
 HALF_LIFE_RUNS = 4
 _VERSION = 1
+# What no run comes to.
+_MOST_USES = 1e18
 
 
 def load(fingerprint: str, n_experts: int) -> list[float]:
@@ -27,7 +29,7 @@ def load(fingerprint: str, n_experts: int) -> list[float]:
     same = (found.get("version"), found.get("model")) == (_VERSION, fingerprint)
     if not (same and isinstance(uses, list) and len(uses) == n_experts):
         return [0.0] * n_experts
-    sound = all(isinstance(use, int | float) and 0 <= use < float("inf") for use in uses)
+    sound = all(isinstance(use, int | float) and 0 <= use < _MOST_USES for use in uses)
     return uses if sound else [0.0] * n_experts
 
 

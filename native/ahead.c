@@ -116,9 +116,19 @@ uint64_t hobbit_prediction_bytes(const struct hobbit_prediction *p, int32_t n_gr
 }
 
 static bool is_sensible(const struct hobbit_prediction *p, int32_t n_groups, const int32_t *n_experts) {
-    return p->kind >= HOBBIT_PREDICT_NONE && p->kind <= HOBBIT_PREDICT_AUTO && p->depth >= 1 &&
+    return p->kind >= HOBBIT_PREDICT_NONE && p->kind <= HOBBIT_PREDICT_AUTO &&
+           !(p->kind == HOBBIT_PREDICT_AUTO && p->always) && p->depth >= 1 &&
            p->depth <= HB_FORECAST_DEPTH && p->n_embd > 0 && p->least_odds >= 0 &&
            (!has_maps(p) || hb_map_predictor_bytes(n_groups, n_experts, p->n_embd, p->map_capacity, p->depth) > 0);
+}
+
+int32_t hb_model_predictor(const struct hobbit_model *m, int32_t *depth) {
+    *depth = m->prediction.depth;
+    return m->trial.n_arms > 1 ? kind_of_arm(m, m->trial.arm) : m->prediction.kind;
+}
+
+static void tell_predictor(struct hobbit_model *m) {
+    atomic_store(&m->counters.predictor, (uint64_t) hb_model_predictor(m, &(int32_t) {0}));
 }
 
 /* What the predictors need, in place of what there is. */
@@ -145,6 +155,7 @@ static enum hobbit_status replace(struct hobbit_model *m, const struct hobbit_pr
     m->prediction = *p;
     bool trial = p->kind != HOBBIT_PREDICT_NONE && !p->always;
     hb_trial_start(&m->trial, !trial ? 1 : has_gate(p) && has_maps(p) ? HB_TRIAL_ARMS : 2, LEARNING);
+    tell_predictor(m);
     hb_model_unlock(m);
     return HOBBIT_OK;
 }
@@ -167,15 +178,11 @@ int32_t hobbit_model_set_prediction(struct hobbit_model *m, const struct hobbit_
     return status;
 }
 
-int32_t hb_model_predictor(const struct hobbit_model *m, int32_t *depth) {
-    *depth = m->prediction.depth;
-    return m->trial.n_arms > 1 ? kind_of_arm(m, m->trial.arm) : m->prediction.kind;
-}
-
 void hb_model_note_pass(struct hobbit_model *m, int32_t n_tokens) {
     uint64_t now = hb_now_ns();
     if (m->pass.single && n_tokens == 1) {
         hb_trial_took(&m->trial, now - m->pass.start);
+        tell_predictor(m);
     }
     m->pass.start = now;
     m->pass.single = n_tokens == 1;

@@ -83,6 +83,12 @@ static struct link *link_of(struct hb_forecast *f, int32_t to, int32_t ahead) {
     return &f->links[to * f->depth + ahead - 1];
 }
 
+void hb_forecast_begin(struct hb_forecast *f) {
+    for (int32_t i = 0; i < f->n_groups * f->depth; i++) {
+        f->links[i].pending = false;
+    }
+}
+
 /* The later layer normalises with other weights: its router's columns make up for that. */
 static void set_matrix(struct link *link, const struct hb_router *from, const struct hb_router *to) {
     bool scale = from->norm != NULL && to->norm != NULL;

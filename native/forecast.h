@@ -28,6 +28,8 @@ struct hb_forecast *hb_forecast_new(int32_t n_groups, int32_t n_embd, int32_t n_
 size_t hb_forecast_bytes(int32_t n_groups, int32_t n_embd, int32_t n_expert, int32_t depth);
 void hb_forecast_free(struct hb_forecast *forecast); /* NULL is fine */
 
+/* A pass through the layers begins: what is left of one that was broken off is not learned from. */
+void hb_forecast_begin(struct hb_forecast *forecast);
 /* At group `from`, whose router gets x [n_embd]: the n_used experts that group `from` + `ahead` will probably choose,
  * the likeliest first, with the odds of each (0..1) and p [n_expert]. `routers` has one of each group. False where one
  * of the two is not known or of another size. `learns`: hb_forecast_learn is to look at this one. */

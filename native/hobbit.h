@@ -199,7 +199,7 @@ enum hobbit_predict {
 struct hobbit_prediction {
     int32_t kind;   /* enum hobbit_predict */
     int32_t depth;  /* layers to look ahead at most */
-    int32_t always; /* else it is left out for tokens for which that was found to be faster */
+    int32_t always; /* not of AUTO; else it is left out for tokens for which that was found to be faster */
     int32_t n_embd; /* what routers get of a token */
     float least_odds; /* what is predicted with smaller ones is not read ahead */
     int32_t map_capacity; /* MAP and AUTO: how many tokens' maps are kept */

@@ -295,7 +295,7 @@ void hb_model_withdraw(struct hobbit_model *m) {
     hb_reader_withdraw(m->reader);
 }
 
-/* Reads low copies of a group from expert `next` on, a few at a time; the caller holds the lock. */
+/* Reads the low copies of a group, a few at a time. The caller holds the lock; nothing is read in the background. */
 static bool keep_group(struct hobbit_model *m, int32_t group) {
     int32_t n_expert = m->catalog.groups[group].n_expert, next = 0, under_way = 0;
     bool good = true;
@@ -343,6 +343,7 @@ int32_t hobbit_model_keep_low(struct hobbit_model *m, char *err, size_t err_len)
             good = false;
         }
     }
+    hb_model_end_background(m);
     for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
         good = keep_group(m, g);
     }

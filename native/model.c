@@ -259,9 +259,8 @@ void hobbit_model_new_sequence(struct hobbit_model *m) {
 void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
-        hb_model_give_up(m, -1);
+        hb_model_end_background(m);
         hb_cache_forget(m->cache);
-        m->next_warm = m->n_warm;
         for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
             m->in_vain[i] = 0;
         }
@@ -328,7 +327,7 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .hits = atomic_load(&c->hits),
         .misses = atomic_load(&c->misses),
         .evictions = atomic_load(&c->evictions),
-        .predictor = hb_model_predictor(m, &(int32_t) {0}),
+        .predictor = (int32_t) atomic_load(&c->predictor),
         .predicted = atomic_load(&c->predicted),
         .predicted_right = atomic_load(&c->predicted_right),
         .ahead = atomic_load(&c->ahead),

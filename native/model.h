@@ -28,6 +28,7 @@ struct hb_counters {
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
     atomic_uint_fast64_t cache_bytes, n_slots; /* of the arena as it is: stats are asked for while it is exchanged */
+    atomic_uint_fast64_t predictor; /* hb_model_predictor: stats are asked for while it changes */
 };
 
 /* What calibration gathers; see hobbit_model_observe and hobbit_model_collect. NULL where it is not wanted. */

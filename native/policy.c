@@ -78,10 +78,14 @@ double hb_policy_score(const struct hobbit_policy *p, int32_t class, double key,
     }
 }
 
+/* Policies without a half-life keep the heat of the present token alone, so that DECAY can take over. */
+double hb_policy_left(const struct hobbit_policy *p, uint64_t age) {
+    return age > 0 ? exp2(-(double) age / (double) p->half_life) : 1;
+}
+
 void hb_policy_use(const struct hobbit_policy *p, struct hb_usage *u, int32_t precision, double pairs, uint64_t pass,
                    const struct hb_moment *now) {
-    double age = (double) (now->token - u->last_token);
-    u->heat = u->heat * exp2(-age / (double) p->half_life) + pairs;
+    u->heat = u->heat * hb_policy_left(p, now->token - u->last_token) + pairs;
     u->uses[precision] += pairs;
     u->last_token = now->token;
     u->last_pass = pass;

@@ -54,6 +54,8 @@ double hb_policy_score(const struct hobbit_policy *policy, int32_t class, double
 /* Take in that `pairs` (token, expert) pairs used the copy. */
 void hb_policy_use(const struct hobbit_policy *policy, struct hb_usage *usage, int32_t precision, double pairs,
                    uint64_t pass, const struct hb_moment *now);
+/* What is left of a heat after so many tokens: 1 after none, whatever the policy. */
+double hb_policy_left(const struct hobbit_policy *policy, uint64_t age);
 /* At the start of a sequence: by how many tokens the records of the last one age. 0: they are forgotten. */
 uint64_t hb_policy_age(const struct hobbit_policy *policy);
 /* HOBBIT_POLICY_LCU's classes change when a layer is computed: whether its used experts are to be ordered again. */

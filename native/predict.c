@@ -176,6 +176,9 @@ static void predict(const struct hb_segment *s, const struct hb_routing *routing
     if (kind != HOBBIT_PREDICT_NONE && few && hb_router_find(s, &found, &input)) {
         hb_model_routers(s->model)[s->group] = found;
     }
+    if (kind == HOBBIT_PREDICT_GATE && s->group == 0) {
+        hb_forecast_begin(hb_model_forecast(s->model));
+    }
     if (kind == HOBBIT_PREDICT_MAP) {
         predict_by_map(s, routing, input, depth, space);
     } else if (kind == HOBBIT_PREDICT_GATE && input != NULL) {

@@ -1,6 +1,5 @@
 #include "records.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -111,9 +110,8 @@ static void add_up(struct hb_records *r, const struct hobbit_policy *policy, int
         }
         struct hb_usage part = usage_of(&r->parts[i][expert]);
         uint64_t last = part.last_token > sum.last_token ? part.last_token : sum.last_token;
-        double half_life = (double) policy->half_life;
-        sum.heat = sum.heat * exp2(-(double) (last - sum.last_token) / half_life) +
-                   part.heat * exp2(-(double) (last - part.last_token) / half_life);
+        sum.heat = sum.heat * hb_policy_left(policy, last - sum.last_token) +
+                   part.heat * hb_policy_left(policy, last - part.last_token);
         sum.uses[HOBBIT_HIGH] += part.uses[HOBBIT_HIGH];
         sum.uses[HOBBIT_LOW] += part.uses[HOBBIT_LOW];
         sum.last_token = last;
@@ -161,7 +159,7 @@ bool hb_records_end(struct hb_records *r, const struct hobbit_policy *policy, in
             continue;
         }
         if (age > 0) {
-            part->heat *= exp2(-(double) age / (double) policy->half_life);
+            part->heat *= hb_policy_left(policy, age);
         } else {
             *part = (struct part) {.heat = 0};
         }

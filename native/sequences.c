@@ -17,23 +17,22 @@ static void exchange(struct hobbit_model *m, struct hb_rows *rows) {
 }
 
 int32_t hobbit_model_rows(struct hobbit_model *m, const struct hobbit_rows *rows, char *err, size_t err_len) {
-    if (rows != NULL && (m->cache == NULL || !hb_rows_make_sense(rows))) {
-        snprintf(err, err_len, "the rows of the batch make no sense");
-        return HOBBIT_ARG;
-    }
+    int32_t status = HOBBIT_OK;
     hb_model_lock(m);
-    exchange(m, NULL);
-    bool good = rows == NULL || add_sequences(m, rows);
-    if (rows != NULL && good) {
-        exchange(m, hb_rows_new(rows));
-        good = m->rows != NULL;
+    if (rows == NULL) {
+        exchange(m, NULL);
+    } else if (m->cache == NULL || !hb_rows_make_sense(rows)) {
+        snprintf(err, err_len, "the rows of the batch make no sense");
+        status = HOBBIT_ARG;
+    } else {
+        exchange(m, add_sequences(m, rows) ? hb_rows_new(rows) : NULL);
+        if (m->rows == NULL) {
+            snprintf(err, err_len, "out of memory");
+            status = HOBBIT_NOMEM;
+        }
     }
     hb_model_unlock(m);
-    if (!good) {
-        snprintf(err, err_len, "out of memory");
-        return HOBBIT_NOMEM;
-    }
-    return HOBBIT_OK;
+    return status;
 }
 
 void hobbit_model_end_sequence(struct hobbit_model *m, int32_t sequence) {

@@ -64,6 +64,8 @@ void hb_simulated_unprotect(struct hb_simulator *sim, int32_t group);
 void hb_simulated_give_up(struct hb_simulator *sim, int32_t group);
 /* The read ahead of this copy, or NULL. */
 struct hb_simulated_ahead *hb_simulated_reading(struct hb_simulator *sim, struct hb_key key);
+/* The copy is not cached: if it was read ahead and not used, that was in vain. */
+void hb_simulated_count_unused(struct hb_simulator *sim, struct hb_key key);
 /* Reads ahead go on for so many bytes. What is complete is taken in. */
 void hb_simulated_read_ahead(struct hb_simulator *sim, double bytes);
 /* The oldest read ahead is waited for; false when there is none. */

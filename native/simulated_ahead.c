@@ -16,6 +16,11 @@ struct hb_simulated_ahead *hb_simulated_reading(struct hb_simulator *sim, struct
     return NULL;
 }
 
+void hb_simulated_count_unused(struct hb_simulator *sim, struct hb_key key) {
+    sim->out->ahead_wasted_bytes += *hb_simulated_unused(sim, key) ? hb_simulated_bytes(sim, key) : 0;
+    *hb_simulated_unused(sim, key) = 0;
+}
+
 static bool is_expected(const struct hb_simulator *sim, struct hb_key key) {
     for (int32_t i = 0; i < sim->n_expected; i++) {
         const struct hb_key *other = &sim->expected[i].key;
@@ -46,6 +51,7 @@ static bool expect(struct hb_simulator *sim, struct hb_key key, bool read) {
         }
         a->reading = true;
         a->left = (double) hb_simulated_bytes(sim, key);
+        hb_simulated_count_unused(sim, key);
         *hb_simulated_unused(sim, key) = 1;
         sim->out->ahead++;
     }
@@ -86,7 +92,9 @@ void hb_simulated_unprotect(struct hb_simulator *sim, int32_t group) {
     for (int32_t i = 0; i < sim->n_expected; i++) {
         struct hb_simulated_ahead *a = &sim->expected[i];
         if (a->pinned && (group < 0 || a->key.group == group)) {
-            hb_cache_pin(sim->cache, a->key, false);
+            if (hb_cache_peek(sim->cache, a->key) >= 0) { /* else its high copy has come, and took its place */
+                hb_cache_pin(sim->cache, a->key, false);
+            }
             a->pinned = false;
         }
     }

@@ -76,9 +76,8 @@ static void count_miss(struct hb_simulator *sim, struct hb_key key) {
         hb_cache_peek(sim->cache, (struct hb_key) {key.group, key.expert, HOBBIT_LOW}) >= 0) {
         sim->out->promotions++;
     }
-    if (*hb_simulated_unused(sim, key) && hb_cache_slot(sim->cache, key) < 0) { /* it went before it was used */
-        sim->out->ahead_wasted_bytes += hb_simulated_bytes(sim, key);
-        *hb_simulated_unused(sim, key) = 0;
+    if (hb_cache_slot(sim->cache, key) < 0) {
+        hb_simulated_count_unused(sim, key);
     }
 }
 

@@ -56,17 +56,18 @@ static struct hb_trace *exchange(struct hobbit_model *m, struct hb_trace *trace)
 
 int32_t hobbit_model_trace(struct hobbit_model *m, const char *path, const char *note, uint32_t flags, char *err,
                            size_t err_len) {
+    (void) hb_trace_close(exchange(m, NULL)); /* before another is begun: it may be in the same file */
+    int32_t status = HOBBIT_OK;
+    hb_model_lock(m);
     if (!hb_model_ready(m)) {
         snprintf(err, err_len, "the model has no expert cache yet");
-        return HOBBIT_ARG;
-    }
-    struct hb_trace *trace = new_trace(m, path, note, flags);
-    if (trace == NULL) {
+        status = HOBBIT_ARG;
+    } else if ((m->trace = new_trace(m, path, note, flags)) == NULL) {
         snprintf(err, err_len, "%s: %s", path, strerror(errno));
-        return HOBBIT_IO;
+        status = HOBBIT_IO;
     }
-    (void) hb_trace_close(exchange(m, trace));
-    return HOBBIT_OK;
+    hb_model_unlock(m);
+    return status;
 }
 
 int32_t hobbit_model_trace_end(struct hobbit_model *m, char *err, size_t err_len) {

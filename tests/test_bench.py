@@ -20,11 +20,12 @@ import pytest
 import tiny
 from test_cli import hobbit, started, wait_for
 
-from hobbit import bench, cgroup, cli
+from hobbit import bench, cgroup
 from hobbit.bench import Arm, Case, Measured, Setup, measure, run_arm
 from hobbit.bench_arm import COUNTERS
 from hobbit.bench_options import BenchOptions, cap_bytes
 from hobbit.bench_rows import FORMATS, as_markdown, bound_s, rows
+from hobbit.cli import bench as bench_command
 from hobbit.errors import CapUnavailable, HobbitError, ModelError, PlanError, UsageError
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import build_layout
@@ -154,6 +155,15 @@ def test_reads_go_on_beside_and_end(model: Path) -> None:
             time.sleep(0.05)
         assert reads_of(reader) >= 1 << 20
     assert children() == before
+
+
+def test_reads_beside_that_end_are_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_READER", "raise SystemExit('no such disk')")
+    with (
+        pytest.raises(HobbitError, match="the reads beside the run ended: no such disk"),
+        bench._reads(setup(model), 1e6),
+    ):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
 
 
 def children() -> set[int]:
@@ -360,7 +370,7 @@ def test_formats(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words=(str(model),), n_prompt="24,8", n_gen="6", threads="1", pg=("8,4",), repetitions=1,
         output="json", arm=("exact,stock",), quiet=True,
     )  # fmt: skip
-    assert cli._bench(options) == 0
+    assert bench_command._bench(options) == 0
     out, err = capsys.readouterr()
     assert err == ""
     found = json.loads(out)
@@ -490,7 +500,7 @@ def test_an_interrupted_benchmark_leaves_nothing(model: Path, number: int) -> No
 
 
 def test_every_flag_is_an_option() -> None:
-    flags = set(inspect.signature(cli.bench).parameters)
+    flags = set(inspect.signature(bench_command.bench).parameters)
     assert flags == {field.name for field in fields(BenchOptions)}
 
 

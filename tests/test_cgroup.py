@@ -55,6 +55,8 @@ def test_version_1(root: Path, tmp_path: Path) -> None:
         assert done.returncode == 3
     with MemoryGroup(1 << 30) as group:
         assert (group.path / "memory.limit_in_bytes").read_text() == str(1 << 30)
+        (group.path / "memory.force_empty").unlink()
+        (group.path / "memory.force_empty").mkdir()  # as one that is refused: no error of its own
 
 
 def test_what_cannot_be_made_is_told(root: Path) -> None:

@@ -178,10 +178,10 @@ ERRORS: list[tuple[tuple[str, ...], int, str]] = [
     (("run", "no-such-model"), 3, "no model is called 'no-such-model'"),
     (("verify", "no-such-model"), 3, "no model is called 'no-such-model'"),
     (("run", "no-such.gguf", "x"), 3, "no-such.gguf: no such file"),
-    (("run", "{folder}", "x"), 3, "is a folder"),
+    (("run", "{folder}", "x"), 3, "the folder has no .gguf file"),
     (("run", "{text}", "x"), 3, "is not a GGUF file"),
     (("run", "{cut}", "x"), 3, "is truncated"),
-    (("run", "-hf", "nobody", "x"), 3, "-hf"),
+    (("run", "-hf", "nobody", "x"), 3, "-hf nobody: must be user/name"),
     (("run", "{model}"), 2, "no prompt"),
     (("run", "{model}", "x", "--memory", "8Q"), 2, "is not a size"),
     (("run", "{model}", "x", "--memory", "20M"), 4, "the smallest cap that works is --memory"),
@@ -386,7 +386,7 @@ def test_policy_and_predictor_reach_the_model(model: Path, monkeypatch: pytest.M
 def test_every_option_has_a_flag() -> None:
     parameters = set(inspect.signature(run).parameters)
     rejected = {"cpu_moe", "n_cpu_moe", "override_tensor"}
-    ignored = {"conversation", "single_turn", "show_timings", "load_mode", "escape"}
+    ignored = {"conversation", "single_turn", "show_timings", "load_mode", "escape", "offline"}
     assert parameters - rejected - ignored == {field.name for field in fields(Options)}
 
 

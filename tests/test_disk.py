@@ -156,7 +156,14 @@ def test_a_corrupt_file_is_harmless(file: Path, probes: list[Path], text: str) -
 
 
 @pytest.mark.parametrize(
-    "change", [{"bytes_per_s": 0}, {"latency_s": None}, {"date": "yesterday"}, {"more": 1}]
+    "change",
+    [
+        {"bytes_per_s": 0},
+        {"bytes_per_s": 10**400},
+        {"latency_s": None},
+        {"date": "yesterday"},
+        {"more": 1},
+    ],
 )
 def test_nonsense_is_measured_again(file: Path, probes: list[Path], change: dict[str, Any]) -> None:
     rate(file, SIZES)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import edge_bench
+import edge_plots
 import pytest
 import quality_speed
 import tiny
@@ -36,13 +37,21 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(report.with_suffix(".json").read_text())
     assert report == out / f"{data['machine']['date']}.md"
     (part,) = data["parts"]
-    modes = [row["mode"] for row in part["rows"] if row["test"] == "tg4"]
+    found = [row for row in part["rows"] if row["test"] == "tg4"]
+    modes = [row["mode"] for row in found]
     assert modes == ["exact"] * 4 + ["stock-mmap", "stock"]  # not prepared: without fast
     assert "not prepared" in text and "roofline" in text and "stall" in text
+    names = [edge_plots.name_of(row) for row in found]
+    assert names == ["exact", "exact\nlru\nnone", "exact\nnone", "exact\ngate:always", *modes[4:]]
     for name in ("rate", "time", "roofline"):
         picture = f"{report.stem}-{name}.png"
         assert f"({picture})" in text
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    stock = part | {"rows": [row for row in found if row["mode"] == "stock"]}
+    for draw in edge_bench.PLOTS.values():
+        draw([stock], out / "alone.png")
+        assert (out / "alone.png").stat().st_size > 0
+        (out / "alone.png").unlink()
 
 
 def test_a_report_of_the_same_day_is_kept(tmp_path: Path) -> None:

@@ -99,6 +99,30 @@ def test_what_is_remembered_is_checked(layout: Layout, probed: list[int], damage
     assert measured(layout, work_of(layout), 1, only_known=True) is None
 
 
+def test_a_busy_machine_is_measured_again_soon(layout: Layout, probed: list[int]) -> None:
+    measured(layout, work_of(layout), 1)
+    everything = recall(disk.FILE)
+    date = (datetime.now(timezone.utc) - timedelta(hours=2)).isoformat()
+    for known in everything["compute"].values():
+        known |= {"date": date}
+    remember(disk.FILE, everything)
+    assert measured(layout, work_of(layout), 1, only_known=True) is not None
+    for known in everything["compute"].values():
+        known |= {"quiet": False}
+    remember(disk.FILE, everything)
+    assert measured(layout, work_of(layout), 1, only_known=True) is None
+
+
+def test_other_programs_are_left_out_of_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter(range(1000))
+    monkeypatch.setattr(probe, "_LEAST_WEIGHTS", 16 << 20)
+    monkeypatch.setattr(probe, "_MOST_WEIGHTS", 16 << 20)
+    monkeypatch.setattr(probe, "_waited", lambda: float(next(waited)))
+    found = probe.measure(Q8_0, 2)
+    assert not found.quiet
+    assert 1e8 < found.decode < 1e12
+
+
 def test_a_type_that_cannot_be_measured_is_left_out(
     layout: Layout, probed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,10 +19,12 @@ NATIVE = ROOT / "native"
 LAYERS: dict[str, set[str]] = {
     "leaves": {"_log", "bench_arm", "cpus", "errors", "folders", "stats", "stock"},
     "files and settings": {
-        "calibration", "demo", "disk", "fingerprint", "gguf_file", "hub", "importance", "layout",
-        "low_file", "low_types", "memory", "planning", "planning.estimate", "planning.history",
-        "planning.parts", "policy", "prediction", "quality", "rule", "schedule", "sizes", "texts",
-        "trace", "trace_summary", "usage",
+        "calibration", "demo", "disk", "fingerprint", "gguf_file", "importance", "layout",
+        "low_file", "low_types", "memory", "policy", "prediction", "quality", "rule", "schedule",
+        "sizes", "texts", "trace", "trace_summary", "usage", "models", "models.catalogue",
+        "models.hub", "models.inventory", "models.location", "models.mixtures", "models.names",
+        "models.pulling", "models.removal", "models.shape", "models.skeleton", "models.stores",
+        "models.transfer", "planning", "planning.estimate", "planning.history", "planning.parts",
     },
     "native": {
         "_native", "batches", "low_writer", "nested", "planning.machine", "planning.planner",
@@ -35,13 +37,13 @@ LAYERS: dict[str, set[str]] = {
         "tracing", "tune",
     },
     "asking and showing": {
-        "bench_options", "bench_rows", "modes", "options", "planning.report", "planning.why",
-        "plot", "render", "report", "simulating",
+        "bench_options", "bench_rows", "listing", "modes", "options", "planning.report",
+        "planning.why", "plot", "render", "report", "simulating",
     },
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.console", "cli.doctor", "cli.eval",
-        "cli.flags", "cli.loading", "cli.plan", "cli.prepare", "cli.run", "cli.signals",
-        "cli.simulate", "cli.trace", "cli.verify", "cli.why",
+        "cli.flags", "cli.loading", "cli.ls", "cli.plan", "cli.prepare", "cli.pull", "cli.rm",
+        "cli.run", "cli.show", "cli.signals", "cli.simulate", "cli.trace", "cli.verify", "cli.why",
     },
 }  # fmt: skip
 
@@ -50,7 +52,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cffi": set(),
     "ctypes": {"_log"},
     "gguf": {"demo", "importance", "planning.probe"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"models.hub", "models.removal", "models.stores", "models.transfer"},
     "llama_cpp": {
         "_log",
         "_native",
@@ -91,7 +93,10 @@ THIRD_PARTY: dict[str, set[str]] = {
         "cli.flags",
         "cli.plan",
         "cli.prepare",
+        "cli.pull",
+        "cli.rm",
         "cli.run",
+        "cli.show",
         "cli.simulate",
         "cli.trace",
         "cli.verify",

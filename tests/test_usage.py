@@ -77,6 +77,7 @@ class TestFile:
             {"uses": [1, "2"]},
             {"uses": [1, -2]},
             {"uses": [1, float("nan")]},
+            {"uses": [1, 10**400]},
         ],
     )
     def test_what_does_not_fit_is_ignored(self, folder: Path, change: dict[str, Any]) -> None:

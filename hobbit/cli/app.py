@@ -26,9 +26,13 @@ from .bench import bench
 from .console import forget_stdout, write
 from .doctor import doctor
 from .eval import evaluate
+from .ls import ls
 from .plan import plan
 from .prepare import prepare
+from .pull import pull
+from .rm import rm
 from .run import run
+from .show import show
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
@@ -148,6 +152,10 @@ for _name, _command in (
     ("doctor", doctor),
     ("verify", verify),
     ("prepare", prepare),
+    ("pull", pull),
+    ("ls", ls),
+    ("show", show),
+    ("rm", rm),
     ("eval", evaluate),
     ("trace", trace),
     ("bench", bench),

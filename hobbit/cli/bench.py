@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def bench(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Paths of .gguf files, or demo (the default)."),
+        typer.Argument(metavar="MODEL", help="As for hobbit run, or several."),
     ] = None,
     model: Annotated[
         list[str] | None, flag("-m", "--model", help="MODEL, as a flag (repeatable).")

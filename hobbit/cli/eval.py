@@ -12,7 +12,7 @@ import typer
 
 from ..render import Screen, model_line, resident_lines
 from .console import write
-from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, flag
+from .flags import MODEL_HELP, POLICY_HELP, PREDICTOR_HELP, chosen, flag
 from .loading import check_name, load, model_path
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     file: Annotated[
         Path | None, flag("-f", "--file", help="Text to judge by (default: a built-in one).")
     ] = None,

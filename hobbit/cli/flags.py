@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+MODEL_HELP = "A .gguf file, or the name of a model (docs/models.md); demo if none is given."
 
 
 POLICY_HELP = (
@@ -35,6 +39,17 @@ def flag(*names: str, help: str = "", hidden: bool = False, **more: Any) -> Any:
     return typer.Option(
         *names, help=help, envvar=variable, show_envvar=False, hidden=hidden, **more
     )
+
+
+def offline_flag() -> Any:
+    """Make --offline, which is in force before anything asks the hub."""
+    return flag("--offline", help="Never use the network (as HF_HUB_OFFLINE=1).", callback=_offline)
+
+
+def _offline(value: bool) -> bool:
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
 
 
 def ignored(*names: str) -> Any:

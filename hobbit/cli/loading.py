@@ -12,39 +12,50 @@ if TYPE_CHECKING:
     from ..layout import Layout
     from ..llama import Llama
     from ..memory import MemoryPlan
+    from ..models import Located
     from ..options import Options
     from ..quality import Quality
 
 
 def check_name(options: Options) -> None:
-    """Refuse a word that cannot be meant as a path, with an answer about names."""
-    name = options.model_name
-    if name is None or options.is_demo:
-        return
-    path = Path(name).expanduser()
-    if not path.exists() and path.suffix != ".gguf" and len(path.parts) == 1:
-        hint = " (a prompt for it is given with -p)" if " " in name else ""
-        raise ModelError(
-            f"no model is called {name!r}: name a .gguf file, a Hugging Face repository with -hf, "
-            f"or demo, the built-in model{hint}"
-        )
+    """Refuse a word that can be no model's name, before anything is read or fetched."""
+    from ..models.location import check
+
+    name = _name(options)
+    if not options.is_demo and name is not None:
+        check(name)
 
 
 def model_path(options: Options, screen: Screen) -> Path:
-    if options.hf_repo:
-        from ..hub import fetch
+    """Return the path of the model's first part, which is fetched (or made) if it is not here."""
+    from ..models import locate
 
-        return fetch(options.hf_repo, options.hf_file)
-    name = options.model_name
-    if name is None or options.is_demo:
-        from .. import demo
+    return get_model(locate(_name(options)), screen)
 
-        if demo.path().is_file():
-            return demo.path()
-        screen.say(f"the demo model is made once, in {demo.path().parent}")
+
+def get_model(located: Located, screen: Screen) -> Path:
+    """Get a model onto this machine, saying what is fetched, and how far it is."""
+    from ..models.pulling import choice_lines, pull
+
+    if located.path is not None:
+        return located.path
+    screen.say(*choice_lines(located))
+    try:
         with screen.progress() as report:
-            return demo.ensure(report)
-    return Path(name).expanduser()
+            return pull(located, report)
+    except KeyboardInterrupt:
+        if located.remote is not None:
+            screen.say("what came is kept: the same command goes on where this stopped")
+        raise
+
+
+def _name(options: Options) -> str | None:
+    if not options.hf_repo:
+        return options.model_name
+    repo = options.hf_repo.partition(":")[0]
+    if repo.count("/") != 1:
+        raise ModelError(f"-hf {options.hf_repo}: must be user/name or user/name:quantisation")
+    return options.hf_repo if options.hf_file is None else f"{repo}:{options.hf_file}"
 
 
 def load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> Llama:

@@ -9,7 +9,7 @@ import typer
 
 from ..render import Screen, model_line, resident_lines
 from .console import write
-from .flags import chosen, flag
+from .flags import MODEL_HELP, chosen, flag, offline_flag
 
 if TYPE_CHECKING:
     from ..options import PlanOptions
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Path of a .gguf file, or demo (the default)."),
+        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Nothing is fetched but its header."),
     ] = None,
     model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
     memory: Annotated[
@@ -64,6 +64,7 @@ def plan(
     ubatch_size: Annotated[int, flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
     cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
     cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    offline: Annotated[bool, offline_flag()] = False,
     remeasure: Annotated[
         bool, flag("--remeasure", help="Measure processor and disk again.")
     ] = False,

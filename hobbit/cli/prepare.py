@@ -12,7 +12,7 @@ import typer
 from ..render import Screen, loss_line, low_lines, model_line, resident_lines
 from ..sizes import format_size
 from .console import write
-from .flags import chosen, flag
+from .flags import MODEL_HELP, chosen, flag
 from .loading import check_name, model_path
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    model: Annotated[
-        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     low: Annotated[
         str,
         flag(

@@ -12,7 +12,7 @@ import typer
 
 from ..render import Screen, model_line, resident_lines, run_report, stats_line, verbose_lines
 from .console import mute, read_stdin, write
-from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, dead, flag, ignored
+from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, dead, flag, ignored, offline_flag
 from .loading import check_name, load, model_path
 from .signals import signal_code
 
@@ -26,8 +26,9 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] [PROMPT]...",
-            help="Path of a .gguf file (of the first part), or demo (the default: a small model "
-            "made on first use); then the prompt.",
+            help="A .gguf file (the first part), a known model (hobbit ls --known), a repository, "
+            "as user/name[:QUANT], or demo (the default: a small model made on first use); then "
+            "the prompt.",
         ),
     ] = None,
     model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
@@ -36,6 +37,7 @@ def run(
         flag("-hf", "--hf-repo", help="Hugging Face repository: user/name[:quantisation]."),
     ] = None,
     hf_file: Annotated[str | None, flag("-hff", "--hf-file", help="File in it.")] = None,
+    offline: Annotated[bool, offline_flag()] = False,
     prompt: Annotated[str | None, flag("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, flag("-f", "--file", help="Read the prompt from FILE.")] = None,
     system_prompt: Annotated[

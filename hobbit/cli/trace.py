@@ -11,7 +11,7 @@ import typer
 from ..render import Screen, model_line, resident_lines
 from ..sizes import format_size
 from .console import write
-from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, flag
+from .flags import MODEL_HELP, POLICY_HELP, PREDICTOR_HELP, chosen, flag
 from .loading import check_name, load, model_path
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def trace(
-    model: Annotated[
-        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     file: Annotated[
         Path | None, flag("-f", "--file", help="Text to feed (default: a built-in one).")
     ] = None,

@@ -9,14 +9,12 @@ import typer
 
 from ..render import Screen, verify_lines
 from .console import write
-from .flags import flag
+from .flags import MODEL_HELP, flag
 from .loading import check_name, model_path
 
 
 def verify(
-    model: Annotated[
-        str | None, typer.Argument(help="Path of a .gguf file, or demo (the default).")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     threads: Annotated[
         int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
     ] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,8 @@ from ..layout import Layout
 from .estimate import Speeds, Work
 
 KEPT = timedelta(days=30)
+# What was worked out while other programs took the processor.
+_KEPT_BUSY = timedelta(hours=1)
 # Types of less than this share of a token's bytes are not worth measuring.
 _LEAST_SHARE = 0.04
 _SECTION = "compute"
@@ -101,11 +103,12 @@ def _compute(
 def _measured(kind: int, n_threads: int) -> dict[str, float]:
     from .probe import measure
 
-    speed = asdict(measure(kind, n_threads))
+    found = measure(kind, n_threads)
+    speed = {"decode": found.decode, "prompt": found.prompt}
     section = recall(disk.FILE).get(_SECTION)
     rest = section if isinstance(section, dict) else {}
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    known = {_key(kind, n_threads): speed | {"date": date}}
+    known = {_key(kind, n_threads): speed | {"date": date, "quiet": found.quiet}}
     remember(disk.FILE, recall(disk.FILE) | {_SECTION: rest | known})
     return speed
 
@@ -119,7 +122,8 @@ def _recalled(kind: int, n_threads: int) -> dict[str, float] | None:
     except (TypeError, ValueError, KeyError):
         return None
     sound = all(0 < number < float("inf") for number in speed.values())
-    return speed if sound and timedelta(0) <= age < KEPT else None
+    kept = KEPT if found.get("quiet", True) else _KEPT_BUSY
+    return speed if sound and timedelta(0) <= age < kept else None
 
 
 def _key(kind: int, n_threads: int) -> str:

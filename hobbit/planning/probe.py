@@ -28,17 +28,25 @@ _LEAST_WEIGHTS, _MOST_WEIGHTS = 128 << 20, 768 << 20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _EMBD, _FF, _HEADS, _VOCAB = 2048, 5632, 16, 64
 _PROMPT = 16
-_SECONDS = 0.15
+_SECONDS, _PATIENCE = 0.15, 0.6
 _MIN_TOKENS = 3
+# A time counts if the threads waited for a processor for less than this share of it.
+_DISTURBED = 0.03
+# What each of several threads keeps of its speed alone.
+_SHARED = 0.9
 _F32 = 0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Bytes of weights a second: `decode` of one token, `prompt` for each of many at once."""
+    """Bytes of weights a second: `decode` of one token, `prompt` for each of many at once.
+
+    Not `quiet`: other programs took the processor, and it is worked out from one thread's own time.
+    """
 
     decode: float
     prompt: float
+    quiet: bool = True
 
 
 def measure(kind: int, n_threads: int) -> Speed:
@@ -46,15 +54,48 @@ def measure(kind: int, n_threads: int) -> Speed:
     with tempfile.TemporaryDirectory(prefix="hobbit-") as folder, _log.captured(False):
         path = Path(folder) / "probe.gguf"
         n_bytes = _write(path, kind)
-        with _context(path, n_threads) as context:
+        with _context(path) as context:
             _time(context, 1)  # the first touches every page
-            decode, start = math.inf, time.perf_counter()
-            done = 0
-            while done < _MIN_TOKENS or time.perf_counter() - start < _SECONDS:
-                decode = min(decode, _time(context, 1))
-                done += 1
-            prompt = _time(context, _PROMPT) / _PROMPT
-    return Speed(n_bytes / decode, n_bytes / prompt)
+            api.llama_set_n_threads(context, n_threads, n_threads)
+            decode = _best(context, 1, _MIN_TOKENS)
+            prompt = _best(context, _PROMPT, 1) if decode is not None else None
+            if decode is not None and prompt is not None:
+                return Speed(n_bytes / decode, n_bytes * _PROMPT / prompt)
+            api.llama_set_n_threads(context, 1, 1)
+            alone = [_own_time(context, tokens) for tokens in (1, _PROMPT)]
+    rate = n_bytes * n_threads * _SHARED
+    return Speed(rate / alone[0], rate * _PROMPT / alone[1], quiet=False)
+
+
+def _best(context: Any, n_tokens: int, times: int) -> float | None:
+    """Return the least seconds of a batch; None if no time had the processor to itself."""
+    found: list[float] = []
+    start, done, passed = time.perf_counter(), 0, 0.0
+    while passed < _SECONDS or (done < times and passed < _PATIENCE):
+        waited = _waited()
+        seconds = _time(context, n_tokens)
+        if _waited() - waited < _DISTURBED * seconds:
+            found.append(seconds)
+        done, passed = done + 1, time.perf_counter() - start
+    return min(found, default=None)
+
+
+def _waited() -> float:
+    """Return the seconds that our threads were ready to run and did not; 0 if unknown."""
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(file.read_text().split()[1])
+        except (OSError, IndexError, ValueError):  # the thread has ended
+            continue
+    return total * 1e-9
+
+
+def _own_time(context: Any, n_tokens: int) -> float:
+    """Return the seconds of processor time of a batch on the calling thread alone."""
+    before = time.thread_time()
+    _time(context, n_tokens)
+    return time.thread_time() - before
 
 
 def _write(path: Path, kind: int) -> int:
@@ -126,8 +167,8 @@ def _add(writer: Any, name: str, shape: tuple[int, ...], number: int, n_bytes: i
 
 
 @contextmanager
-def _context(path: Path, n_threads: int) -> Iterator[Any]:
-    """Load as hobbit's experts are computed: in anonymous memory, not repacked."""
+def _context(path: Path) -> Iterator[Any]:
+    """Load as hobbit's experts are computed: in anonymous memory, not repacked; one thread."""
     params = api.llama_model_default_params()
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.use_extra_bufts = False
@@ -137,7 +178,7 @@ def _context(path: Path, n_threads: int) -> Iterator[Any]:
     try:
         settings = api.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = 2 * _PROMPT
-        settings.n_threads = settings.n_threads_batch = n_threads
+        settings.n_threads = settings.n_threads_batch = 1
         context = api.llama_init_from_model(model, settings)
         if not context:
             raise HobbitError("llama.cpp makes no context for the model that measures its speed")

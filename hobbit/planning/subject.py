@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import demo
-from ..gguf_file import GGUF, open_gguf
 from ..layout import Layout, build_layout
+from ..models import is_estimate, locate
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,6 @@ class Subject:
 
 def subject(name: str | None) -> Subject:
     """Find a model by what a user calls it, and read nothing but its header."""
-    gguf, path, estimated = _header(name)
-    return Subject(name or "demo", build_layout(gguf), path, estimated)
-
-
-def _header(name: str | None) -> tuple[GGUF, Path | None, bool]:
-    path = demo.path() if name in (None, "demo") else Path(str(name)).expanduser()
-    return open_gguf(path), path, False
+    located = locate(name)
+    gguf = located.header()
+    return Subject(name or located.name, build_layout(gguf), located.path, is_estimate(gguf))

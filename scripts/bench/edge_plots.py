@@ -9,6 +9,8 @@ from typing import Any
 
 from hobbit.bench_rows import PARTS, Row
 from hobbit.plot import check
+from hobbit.policy import DEFAULT
+from hobbit.prediction import Prediction
 
 __all__ = ["check", "rates", "rooflines", "times"]
 
@@ -30,9 +32,10 @@ def panels(parts: Sequence[Part], path: Path) -> Iterator[list[tuple[Part, Any]]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(parts) + 1, 3.6), dpi=150, layout="constrained")
+    widths = [max(3.2, 0.8 * len(decoding(part))) for part in parts]
+    figure = Figure(figsize=(sum(widths) + 1, 3.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(parts), squeeze=False)[0]
+    axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=widths)[0]
     for part, panel in zip(parts, axes, strict=True):
         limit = "disk not limited" if part["disk"] == "none" else f"disk {part['disk']}/s"
         panel.set_title(f"{part['title'].partition(',')[0]}\n{limit}", fontsize=9)
@@ -45,9 +48,16 @@ def decoding(part: Part) -> list[Row]:
     return [row for row in part["rows"] if row["n_gen"] and not row["n_prompt"]]
 
 
+def name_of(row: Row) -> str:
+    """Return the arm's name, with what else tells it from other arms of that mode."""
+    usual = {"policy": str(DEFAULT), "predict": str(Prediction())}
+    own = [row[key] for key, value in usual.items() if row[key] not in (value, None)]
+    return "\n".join([row["mode"], *own])
+
+
 def bars(panel: Any, found: Sequence[Row], height: Callable[[Row], float], form: str) -> Any:
-    names = [row["mode"] for row in found]
-    colours = [COLOURS.get(name, "#9467bd") for name in names]
+    names = [name_of(row) for row in found]
+    colours = [COLOURS.get(row["mode"], "#9467bd") for row in found]
     drawn = panel.bar(names, [height(row) for row in found], color=colours)
     panel.bar_label(drawn, fmt=form, fontsize=8, padding=2)
     panel.tick_params(axis="x", labelsize=8, rotation=20)
@@ -63,7 +73,7 @@ def rates(parts: Sequence[Part], path: Path) -> None:
             low = [row["median_ts"] - row["min_ts"] for row in found]
             high = [row["max_ts"] - row["median_ts"] for row in found]
             middle = [row["median_ts"] for row in found]
-            names = [row["mode"] for row in found]
+            names = [name_of(row) for row in found]
             panel.errorbar(names, middle, yerr=[low, high], fmt="none", color="black", capsize=2)
             panel.margins(y=0.15)
         drawn[0][1].set_ylabel("decoding, tokens a second")
@@ -74,7 +84,7 @@ def times(parts: Sequence[Part], path: Path) -> None:
     with panels(parts, path) as drawn:
         for part, panel in drawn:
             found = decoding(part)
-            names = [row["mode"] for row in found]
+            names = [name_of(row) for row in found]
             split = [row["breakdown"]["compute_s"] is not None for row in found]
             whole = [0 if s else _ms(row, "total_s") for row, s in zip(found, split, strict=True)]
             panel.bar(names, whole, color="#c7c7c7", label="not split")
@@ -85,8 +95,8 @@ def times(parts: Sequence[Part], path: Path) -> None:
                 below = [a + b for a, b in zip(below, more, strict=True)]
             panel.tick_params(axis="x", labelsize=8, rotation=20)
             # What stock takes under the cap would leave nothing to see of the others.
-            ours = [_ms(row, "total_s") for row, s in zip(found, split, strict=True) if s]
-            top = 1.3 * max(ours)
+            ours = [row for row, s in zip(found, split, strict=True) if s]
+            top = 1.3 * max(_ms(row, "total_s") for row in ours or found)
             panel.set_ylim(0, top)
             for place, row in enumerate(found):
                 at = min(_ms(row, "total_s"), 0.94 * top)

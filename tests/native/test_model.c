@@ -521,6 +521,34 @@ static int32_t trace_to(struct hobbit_model *m, const char *path) {
     return hobbit_model_trace(m, path, "{}", 0, err, sizeof err);
 }
 
+/* All of a file, its size in `*size`. */
+static uint8_t *bytes_of(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    CHECK(file != NULL && fseek(file, 0, SEEK_END) == 0);
+    *size = (size_t) ftell(file);
+    uint8_t *data = malloc(*size + 1);
+    rewind(file);
+    CHECK(data != NULL && fread(data, 1, *size, file) == *size && fclose(file) == 0);
+    return data;
+}
+
+static void a_trace_in_the_file_of_the_one_before_is_whole(void) {
+    struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 2);
+    const char *paths[] = {file_make(1), file_make(1)};
+    CHECK_EQUAL(trace_to(m, paths[0]), HOBBIT_OK);
+    hobbit_model_forget(m);
+    CHECK_EQUAL(trace_to(m, paths[0]), HOBBIT_OK);
+    CHECK_EQUAL(trace_to(m, paths[1]), HOBBIT_OK);
+    CHECK_EQUAL(hobbit_model_trace_end(m, err, sizeof err), HOBBIT_OK);
+    size_t sizes[2];
+    uint8_t *found[] = {bytes_of(paths[0], &sizes[0]), bytes_of(paths[1], &sizes[1])};
+    CHECK_EQUAL(sizes[0], sizes[1]);
+    CHECK(memcmp(found[0], found[1], sizes[0]) == 0);
+    free(found[0]);
+    free(found[1]);
+    hobbit_model_close(m);
+}
+
 static void a_trace_is_begun_and_ended(void) {
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
     const char *path = file_make(1);
@@ -1016,7 +1044,8 @@ static off_t offset_of(int matrix, int32_t e) {
     return (off_t) (matrices[matrix].offset + (uint64_t) e * matrices[matrix].expert_bytes);
 }
 
-static void what_is_waited_for_goes_before_the_background(void) {
+/* Group 0 alone, with room for all copies, and one reader thread. */
+static struct hobbit_model *low_model(void) {
     const struct hobbit_matrix of_a[] = {matrices[0], matrices[1], matrices[3], matrices[4]};
     struct hobbit_options options = describe(HOBBIT_IO_BUFFERED);
     options.matrices = of_a, options.n_matrices = 4, options.n_groups = 1, options.io_threads = 1;
@@ -1024,6 +1053,25 @@ static void what_is_waited_for_goes_before_the_background(void) {
     uint64_t h = hobbit_model_slot_bytes(m, 0, HOBBIT_HIGH), l = hobbit_model_slot_bytes(m, 0, HOBBIT_LOW);
     const struct hobbit_pool pool = {.bytes = EXPERTS * (h + l), .slot_bytes = {h, l}, .n_slots = {EXPERTS, EXPERTS}};
     CHECK_EQUAL(hobbit_model_allocate(m, &pool, 1, (int32_t[]) {0}, err, sizeof err), HOBBIT_OK);
+    return m;
+}
+
+static void low_copies_that_are_read_ahead_are_kept_too(void) {
+    struct hobbit_model *m = low_model();
+    faults_pread = slow;
+    hb_model_lock(m);
+    CHECK(!hb_model_expect(m, 0, 1, (int32_t[]) {3}, (int32_t[]) {HOBBIT_LOW}, (float[]) {1}));
+    hb_model_unlock(m);
+    CHECK_EQUAL(hobbit_model_keep_low(m, err, sizeof err), HOBBIT_OK);
+    faults_pread = NULL;
+    CHECK_EQUAL(stats_of(m).n_cached, EXPERTS);
+    hobbit_model_forget(m);
+    CHECK_EQUAL(stats_of(m).n_cached, EXPERTS);
+    hobbit_model_close(m);
+}
+
+static void what_is_waited_for_goes_before_the_background(void) {
+    struct hobbit_model *m = low_model();
     CHECK_EQUAL(hobbit_model_keep_low(m, err, sizeof err), HOBBIT_OK);
     hb_model_lock(m);
     begin_in_background(m, 1);
@@ -1145,6 +1193,18 @@ static void what_is_expected_is_protected_until_its_layer_begins(void) {
         CHECK(stats_of(m).ahead == 0);
         hobbit_model_close(m);
     }
+}
+
+static void what_was_being_read_is_not_cached_after_forgetting(void) {
+    struct hobbit_model *m = one_pool_model(4);
+    CHECK(!expect(m, 0, (int32_t[]) {3}, 1));
+    while (stats_of(m).read_bytes < HIGH_BYTES) { /* read, and not taken in */
+        usleep(100);
+    }
+    hobbit_model_forget(m);
+    CHECK_EQUAL(hobbit_model_settle(m), 0);
+    CHECK(!has(m, high(0, 3)) && stats_of(m).n_cached == 0);
+    hobbit_model_close(m);
 }
 
 static void what_is_expected_of_another_layer_stays(void) {
@@ -1278,6 +1338,32 @@ static int32_t set_prediction(struct hobbit_model *m, struct hobbit_prediction p
     return hobbit_model_set_prediction(m, &prediction, err, sizeof err);
 }
 
+static void *watch_predictor(void *model) {
+    int32_t kind;
+    do {
+        kind = stats_of(model).predictor;
+        CHECK(kind == HOBBIT_PREDICT_GATE || kind == HOBBIT_PREDICT_NONE);
+    } while (kind != HOBBIT_PREDICT_NONE);
+    return NULL;
+}
+
+/* While one thread computes, another may ask which predictor is in force. */
+static void the_predictor_in_force_is_told_meanwhile(void) {
+    struct hobbit_model *m = one_pool_model(4);
+    struct hobbit_prediction p = prediction_of(HOBBIT_PREDICT_GATE);
+    CHECK_EQUAL(set_prediction(m, p), HOBBIT_OK);
+    CHECK_EQUAL(stats_of(m).predictor, HOBBIT_PREDICT_GATE); /* it leads, as it has to learn */
+    pthread_t thread;
+    CHECK_EQUAL(pthread_create(&thread, NULL, watch_predictor, m), 0);
+    for (int32_t i = 0; stats_of(m).predictor == HOBBIT_PREDICT_GATE; i++) {
+        CHECK(i < 1000);
+        begin(m, 1);
+        begin(m, 0);
+    }
+    pthread_join(thread, NULL);
+    hobbit_model_close(m);
+}
+
 static void predictions_that_make_no_sense_are_refused(void) {
     static const int32_t n_experts[] = {EXPERTS, EXPERTS};
     struct hobbit_model *m = open_model(HOBBIT_IO_AUTO);
@@ -1292,8 +1378,9 @@ static void predictions_that_make_no_sense_are_refused(void) {
     CHECK_EQUAL(bytes[HOBBIT_PREDICT_NONE], 0);
     CHECK_EQUAL(bytes[HOBBIT_PREDICT_AUTO], bytes[HOBBIT_PREDICT_GATE] + bytes[HOBBIT_PREDICT_MAP]);
     CHECK_EQUAL(bytes[HOBBIT_PREDICT_MAP], hb_map_predictor_bytes(2, n_experts, 8, 4, 2));
-    for (int bad = 0; bad < 7; bad++) {
-        struct hobbit_prediction p = prediction_of(HOBBIT_PREDICT_MAP);
+    for (int bad = 0; bad < 8; bad++) {
+        struct hobbit_prediction p = prediction_of(bad == 7 ? HOBBIT_PREDICT_AUTO : HOBBIT_PREDICT_MAP);
+        p.always = bad == 7; /* of whichever is fastest */
         p.kind = bad == 0 ? -1 : bad == 1 ? HOBBIT_PREDICT_AUTO + 1 : p.kind;
         p.depth = bad == 2 ? 0 : bad == 3 ? HB_FORECAST_DEPTH + 1 : p.depth;
         p.n_embd = bad == 4 ? 0 : p.n_embd;
@@ -1408,6 +1495,7 @@ int main(void) {
     RUN(every_failure_to_open_is_undone);
     RUN(every_failure_to_allocate_is_undone);
     RUN(a_trace_is_begun_and_ended);
+    RUN(a_trace_in_the_file_of_the_one_before_is_whole);
     RUN(both_copies_arrive_byte_by_byte);
     RUN(a_better_copy_that_is_cached_is_chosen);
     RUN(what_is_under_way_is_not_yet_cached);
@@ -1427,15 +1515,18 @@ int main(void) {
     RUN(reading_ahead_ends_when_it_fails_or_is_forgotten_or_closed);
     RUN(computations_go_on_meanwhile);
 
+    RUN(low_copies_that_are_read_ahead_are_kept_too);
     RUN(what_is_waited_for_goes_before_the_background);
     RUN(what_is_expected_is_protected_until_its_layer_begins);
     RUN(a_low_copy_that_comes_with_its_high_one_is_no_read_of_its_own);
+    RUN(what_was_being_read_is_not_cached_after_forgetting);
     RUN(what_is_expected_of_another_layer_stays);
     RUN(what_is_missing_is_read_ahead);
     RUN(a_share_of_the_cache_is_expected_at_most);
     RUN(a_read_that_is_given_up_frees_its_slot);
     RUN(a_demand_takes_over_a_read_ahead);
     RUN(expectations_never_starve_a_demand);
+    RUN(the_predictor_in_force_is_told_meanwhile);
     RUN(predictions_that_make_no_sense_are_refused);
     RUN(every_failure_to_predict_is_undone);
     RUN(maps_are_kept);

@@ -285,6 +285,20 @@ static void the_victim_is_the_minimum(void) {
     }
 }
 
+/* A policy without a half-life is in force before another is set. */
+static void heat_is_a_number_under_every_policy(void) {
+    const struct hobbit_policy lru = {.kind = HOBBIT_POLICY_LRU};
+    struct hb_moment now = {.token = 1, .n_groups = 1};
+    struct hb_usage usage = {0};
+    for (uint64_t pass = 1; pass <= 2; pass++) { /* twice for one token */
+        hb_policy_use(&lru, &usage, HOBBIT_HIGH, 3, pass, &now);
+    }
+    CHECK(usage.heat == 6 && hb_policy_left(&lru, 0) == 1);
+    now.token = 2;
+    hb_policy_use(&lru, &usage, HOBBIT_HIGH, 3, 3, &now);
+    CHECK(usage.heat == 3);
+}
+
 static void settings_are_checked(void) {
     struct hobbit_policy decay = {.kind = HOBBIT_POLICY_DECAY, .half_life = 1};
     CHECK(hb_policy_makes_sense(&decay));
@@ -299,6 +313,7 @@ static void settings_are_checked(void) {
 
 int main(void) {
     RUN(the_victim_is_the_minimum);
+    RUN(heat_is_a_number_under_every_policy);
     RUN(settings_are_checked);
     return 0;
 }

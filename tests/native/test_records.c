@@ -129,6 +129,18 @@ static void the_sums_are_those_of_all_uses(void) {
     compare_with_brute_force(&decay);
 }
 
+static void heat_adds_up_without_a_half_life(void) {
+    const struct hobbit_policy lru = {.kind = HOBBIT_POLICY_LRU};
+    struct hb_records *records = hb_records_new(1);
+    struct hb_moment now = {.token = 3, .n_groups = 1};
+    const struct hb_share shares[] = {{0, 2}, {1, 1}, {2, 4}};
+    CHECK(hb_records_add(records, 1) && hb_records_add(records, 2));
+    hb_records_use(records, &lru, 0, HOBBIT_HIGH, shares, 3, 1, &now);
+    CHECK(hb_records_end(records, &lru, 2, &now));
+    CHECK(hb_records_sums(records)[0].heat == 3);
+    hb_records_free(records);
+}
+
 /* --- what stays --- */
 
 static void a_later_sequence_leaves_the_first_as_it_was(void) {
@@ -303,6 +315,7 @@ static void failed_allocations_are_survived(void) {
 
 int main(void) {
     RUN(the_sums_are_those_of_all_uses);
+    RUN(heat_adds_up_without_a_half_life);
     RUN(a_later_sequence_leaves_the_first_as_it_was);
     RUN(too_many_sequences_share_a_record);
     RUN(what_was_not_added_is_sequence_0s);

@@ -153,6 +153,22 @@ static void predictions_use_the_disks_idle_time(void) {
     CHECK(hits[2] == 0 && out.ahead == 0);
 }
 
+static void what_is_read_ahead_again_was_read_in_vain(void) {
+    struct hobbit_simulation s = cache(HOBBIT_POLICY_LRU);
+    struct hobbit_pool four = {.bytes = 400, .slot_bytes = {100, 40}, .n_slots = {4, 0}};
+    s.pools = &four, s.predicted = 1;
+    begin();
+    add(L, 0, 0, 1);
+    add(P, 1, 2, 3); /* 2 is read, of a quarter of the slots */
+    add(L, 1, 0, 1);
+    add(L, 0, 2, 3); /* evicts it */
+    add(P, 1, 2, 3);
+    add(L, 1, 2, 1);
+    CHECK_EQUAL(run(&s), HOBBIT_OK);
+    CHECK(out.ahead == 2 && out.ahead_used == 1 && hits[5] == 2);
+    CHECK_EQUAL(out.ahead_wasted_bytes, 90);
+}
+
 static void what_is_predicted_is_protected(void) {
     struct hobbit_simulation s = cache(HOBBIT_POLICY_LRU);
     struct hobbit_pool larger = {.bytes = 400, .slot_bytes = {100, 0}, .n_slots = {4, 0}};
@@ -171,6 +187,21 @@ static void what_is_predicted_is_protected(void) {
         CHECK_EQUAL(hits[4], s.predicted);
         CHECK_EQUAL(hits[7], 0);
     }
+}
+
+/* While the layer is computed for which it is predicted again. */
+static void what_is_protected_may_be_promoted(void) {
+    struct hobbit_simulation s = cache(HOBBIT_POLICY_LRU);
+    struct hobbit_pool large = {.bytes = 800, .slot_bytes = {100, 40}, .n_slots = {8, 8}};
+    const float t1[] = {0.5f, 0.5f}, t2[] = {0.9f, 0.9f};
+    s.rule.t1 = t1, s.rule.t2 = t2, s.pools = &large, s.predicted = 1;
+    begin();
+    add(L, 0, 0, 1); /* 1 is low */
+    add(L, 0, 1, 0); /* and high now */
+    add(P, 0, 0, 1); /* its low copy is there still */
+    add(L, 0, 0, 1);
+    CHECK_EQUAL(run(&s), HOBBIT_OK);
+    CHECK(out.promotions == 1 && hits[3] == 2);
 }
 
 static void more_than_fits_is_computed_in_waves(void) {
@@ -244,7 +275,9 @@ int main(void) {
     RUN(belady_knows_the_future);
     RUN(thresholds_choose_copies);
     RUN(predictions_use_the_disks_idle_time);
+    RUN(what_is_read_ahead_again_was_read_in_vain);
     RUN(what_is_predicted_is_protected);
+    RUN(what_is_protected_may_be_promoted);
     RUN(more_than_fits_is_computed_in_waves);
     RUN(nonsense_is_refused);
     RUN(every_failed_allocation_is_one_error);
