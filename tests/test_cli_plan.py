@@ -11,13 +11,24 @@ from pathlib import Path
 import pytest
 import sparse
 import tiny
+from gates import layout_of
+from gguf import GGMLQuantizationType as Q
 from test_cli import SMALL, hobbit
 
 import hobbit as package
 from hobbit import disk
+from hobbit.calibration import Point
 from hobbit.folders import remember
+from hobbit.layout import LowCopies
+from hobbit.memory import Cap
+from hobbit.models.catalogue import known_models
+from hobbit.planning import machine
 from hobbit.planning.machine import _key
-from hobbit.planning.planner import WONT_FIT
+from hobbit.planning.parts import Context
+from hobbit.planning.planner import WONT_FIT, forecast_of
+from hobbit.planning.subject import Subject
+from hobbit.quality import Quality
+from hobbit.rule import EXACT, Rule
 
 READ = ("--read-gbps", "1", "-t", "1", "-q")
 
@@ -211,3 +222,39 @@ def test_doctor_fails_on_a_folder_that_is_not_there(tmp_path: Path) -> None:
     done = hobbit("doctor", tmp_path / "nowhere", "--quick")
     assert done.returncode == 6
     assert "FAIL  disk" in done.stdout
+
+
+def test_every_known_model_is_planned_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(machine, "_measured", lambda kind, n: {"decode": 1e10, "prompt": 5e10})
+    names = [name for name in known_models() if name != "demo"]
+    assert len(names) >= 15
+    for name in names:
+        speeds = []
+        for memory in ("4G", "8G", "16G", "32G"):
+            start = time.perf_counter()
+            plan = package.plan(name, memory, n_threads=4, read_gbps=2.0)
+            assert time.perf_counter() - start < 1, name
+            assert plan.forecast.subject.estimated
+            assert plan.fits == (plan.needed_bytes <= plan.cap.bytes)
+            speeds.append(plan.tok_s[1])
+        assert speeds == sorted(speeds), name
+        assert speeds[-1] > 0
+        json.dumps(plan.to_dict())
+
+
+def test_a_lossy_quality_is_planned_with_its_low_copies(tmp_path: Path) -> None:
+    shape = {"n_expert": 16, "n_used": 2, "n_embd": 512, "n_ff": 512, "n_layer": 4}
+    layout = layout_of(sparse.make(tmp_path / "m.gguf", "olmoe", experts=Q.Q8_0, **shape))
+    half = layout_of(sparse.make(tmp_path / "low.gguf", "olmoe", experts=Q.Q4_0, **shape))
+    low = LowCopies(half.gguf, half.groups)
+    rule = Rule(1.0, 1.0)
+    quality = Quality("fast", rule, low, all_low=Point(rule, 0.1, 0.1, 0, 0, 1.0, 0, 1, 0))
+    found = Subject("m", layout, None)
+    forecast = forecast_of(found, Context(256, 256), quality, 1, read_gbps=0.05)
+    exact = forecast_of(found, Context(256, 256), Quality("exact", EXACT), 1, read_gbps=0.05)
+    cap = Cap(forecast.everything - (24 << 20), "as asked")
+    resident = forecast.memory(cap)
+    assert resident.low_is_resident
+    assert forecast.expect(resident).disk_s == 0.0
+    assert exact.expect(exact.memory(cap)).disk_s > 0

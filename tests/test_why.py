@@ -23,6 +23,7 @@ def record(decode: Stats | None = None, run: Stats | None = None, **more: Any) -
         manage_s=0.1,
         hits=600,
         misses=400,
+        evictions=350,
         read_bytes=20 * GIB,
         predictor="none",
     )
@@ -139,6 +140,8 @@ def test_prediction_in_vain_is_turned_off() -> None:
 
 def test_what_is_wrong_with_the_machine_is_noted() -> None:
     assert explain(record()).notes == ("4.0-6.0 tok/s were predicted",)
+    cold = Stats(tokens_generated=10, decode_s=1.0, misses=50, evictions=10, read_bytes=1)
+    assert "80 % of the misses only filled" in explain(record(cold)).notes[0]
     buffered = Stats(tokens_prompt=50, prompt_s=2.0, io="buffered")
     more = {"swapped_bytes": 5 << 20, "huge_pages": "never", "predicted": None, "load": 9.0}
     notes = " ".join(explain(record(run=buffered, **more)).notes)

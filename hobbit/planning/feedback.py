@@ -29,6 +29,7 @@ from .subject import Subject
 if TYPE_CHECKING:
     from ..generate import Result
     from ..llama import Llama
+    from ..stats import Stats
 
 LAST_RUN = "last-run.json"
 SCHEMA = "hobbit.last-run/1"
@@ -87,18 +88,25 @@ def last_run() -> dict[str, Any]:
 
 
 def _run(llm: Llama, result: Result, found: Expected) -> history.Run | None:
-    decode, work = result.decode, found.forecast.work
+    decode, token_bytes = _decode(result), found.forecast.work.token_bytes
     if decode.tokens_generated < history.MIN_TOKENS or decode.tok_s <= 0:
         return None
-    read = decode.read_bytes / decode.tokens_generated
-    hit = 1 - read / work.token_bytes if work.token_bytes else 1.0
+    # What only filled the cache is read once, however long a run is.
+    lasting = min(decode.evictions / decode.misses, 1.0) if decode.misses else 1.0
+    read = lasting * decode.read_bytes / decode.tokens_generated
+    hit = 1 - read / token_bytes if token_bytes else 1.0
     return history.Run(
         *found.estimate.tok_s,
         measured=decode.tok_s,
         share=llm.plan.cached_share,
         hit=min(max(hit, 0.0), 1.0),
-        exact=llm.rule.is_exact,
+        exact=llm.rule.is_exact and decode is result.decode,
     )
+
+
+def _decode(result: Result) -> Stats:
+    """Return what came after the first token: the whole run where its text came at the end."""
+    return result.decode if result.decode.tokens_generated else result.stats
 
 
 def _record(llm: Llama, name: str, result: Result, found: Expected | None) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def _record(llm: Llama, name: str, result: Result, found: Expected | None) -> di
         "expert_bytes": experts,
         "plan": llm.plan.to_dict(),
         "run": result.stats.to_dict(),
-        "decode": result.decode.to_dict(),
+        "decode": _decode(result).to_dict(),
         "predicted": asdict(found.estimate) if found else None,
         "swapped_bytes": _swapped_bytes(),
         "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,

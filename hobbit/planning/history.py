@@ -18,7 +18,7 @@ MIN_TOKENS = 32
 # A run counts as missed when it is this far from what is likeliest, and outside the range.
 MISSED = 0.25
 _KEPT_RUNS, _KEPT_MODELS = 12, 200
-# How far one run's exponent may be from the next one's.
+# How far the next run's exponent may be from those that were seen; of a single run, twice as far.
 _SPREAD = 0.2
 
 
@@ -82,7 +82,8 @@ def exponents(runs: Sequence[Run]) -> Range:
     found = [value for value in known if value is not None]
     if not found:
         return EXPONENTS
-    slow, fast = 1 - _SPREAD, 1 + _SPREAD
+    spread = _SPREAD * (1 + 1 / len(found))
+    slow, fast = 1 - spread, 1 + spread
     return Range(min(found) * slow, median(found), max(found) * fast)
 
 

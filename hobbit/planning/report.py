@@ -21,6 +21,9 @@ _LIMITS = {
 def plan_lines(plan: Plan) -> list[str]:
     """Return the plan as a person reads it."""
     lines = [f"verdict: {plan.verdict}{_summary(plan)}", ""]
+    quality = plan.forecast.quality
+    if plan.memory is not None and not quality.rule.is_exact:
+        lines.insert(1, f"quality: {quality.at(plan.memory.cached_share).label}")
     lines += _memory_lines(plan) if plan.memory else [plan.reason]
     if plan.estimate is not None:
         lines += ["", *_speed_lines(plan, plan.estimate)]

@@ -21,6 +21,8 @@ _SMALL = 0.05
 _WASTED = 0.5
 # Of the load, what is not the run's own.
 _BUSY = 0.5
+# Of the misses, those for which nothing was evicted.
+_FILLING = 0.3
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,11 @@ def _notes(record: dict[str, Any]) -> list[str]:
             "huge pages are off, which makes reads dearer: "
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
         )
+    decode = record["decode"]
+    filling = max(decode["misses"] - decode["evictions"], 0)
+    if plan["mode"] == "streamed" and filling > _FILLING * max(decode["misses"], 1):
+        share = 100 * filling / decode["misses"]
+        notes.append(f"{share:.0f} % of the misses only filled the cache: a longer run has fewer")
     others = record["load"] - record["threads"]
     if others > _BUSY:
         notes.append(
