@@ -14,15 +14,18 @@ import tiny
 from gates import layout_of
 from gguf import GGMLQuantizationType as Q
 from test_cli import SMALL, hobbit
+from test_docs import ROOT, commands
+from test_why import record
 
 import hobbit as package
 from hobbit import disk
 from hobbit.calibration import Point
-from hobbit.folders import remember
+from hobbit.folders import recall, remember, state_folder
 from hobbit.layout import LowCopies
 from hobbit.memory import Cap
 from hobbit.models.catalogue import known_models
 from hobbit.planning import machine
+from hobbit.planning.feedback import LAST_RUN, SCHEMA
 from hobbit.planning.machine import _key
 from hobbit.planning.parts import Context
 from hobbit.planning.planner import WONT_FIT, forecast_of
@@ -258,3 +261,23 @@ def test_a_lossy_quality_is_planned_with_its_low_copies(tmp_path: Path) -> None:
     assert resident.low_is_resident
     assert forecast.expect(resident).disk_s == 0.0
     assert exact.expect(exact.memory(cap)).disk_s > 0
+
+
+def test_the_commands_of_the_document_work(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOBBIT_READ_GBPS", "1")
+    monkeypatch.setenv("HOBBIT_THREADS", "1")
+    monkeypatch.setenv("HOBBIT_QUICK", "1")
+    for kind in (12, 14):  # of the known model
+        everything = recall(disk.FILE)
+        compute = everything["compute"]
+        remember(disk.FILE, {"compute": compute | {_key(kind, 1): compute[_key(8, 1)]}})
+    remember(LAST_RUN, record(schema=SCHEMA), state_folder)
+    (tmp_path / "model.gguf").symlink_to(big)
+    lines = commands((ROOT / "docs" / "plan.md").read_text(encoding="utf-8"))
+    assert len(lines) >= 9
+    for line in lines:
+        done = hobbit(*line.split()[1:])
+        assert done.returncode == 0, (line, done.stderr)
