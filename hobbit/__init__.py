@@ -17,6 +17,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .llama import Llama
+    from .patching import patch
     from .planning.planner import plan
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "patch",
     "plan",
 ]
 
@@ -41,6 +43,10 @@ def __getattr__(name: str) -> object:
         from .llama import Llama
 
         return Llama
+    if name == "patch":
+        from .patching import patch
+
+        return patch
     if name == "plan":
         from .planning.planner import plan
 

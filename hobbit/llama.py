@@ -416,6 +416,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self.reset()
         return super().generate(*arguments, **named)
 
+    def tokenize(self, *arguments: Any, **named: Any) -> list[int]:
+        """See llama_cpp.Llama.tokenize."""
+        if llama_cpp.llama_vocab_type(self._model.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            # llama.cpp aborts the process.
+            raise UnsupportedModelError(f"{self.model_path}: has no tokenizer: it takes no text")
+        tokens: list[int] = super().tokenize(*arguments, **named)
+        return tokens
+
     def embed(self, *arguments: Any, **named: Any) -> Any:
         """See llama_cpp.Llama.embed."""
         with self.translated_errors():

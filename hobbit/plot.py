@@ -44,8 +44,17 @@ def plot(
     KL is on a logarithmic axis: what has none, exact, is a vertical line. Raises UsageError without
     matplotlib, HobbitError where the file cannot be written.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
+    draw_marks(axes, marks, curves)
+    finish(axes, title)
+    save(path, figure)
+
+
+def draw_marks(
+    axes: Any, marks: Sequence[Mark], curves: Sequence[tuple[str, Sequence[Mark]]]
+) -> None:
+    """Draw what `plot` does into axes of matplotlib."""
     for name, points in curves:
         line = sorted((p.bytes_per_token / _MIB, p.kl) for p in points if p.kl > 0)
         axes.plot(*zip(*line, strict=True), marker=".", linewidth=1, label=name) if line else None
@@ -62,7 +71,6 @@ def plot(
     axes.set_xlim(left=0)
     axes.set_xlabel("MiB read a token")
     axes.set_ylabel("mean KL to exact, nats a token")
-    _save(path, figure, axes, title)
 
 
 def plot_curves(
@@ -74,7 +82,7 @@ def plot_curves(
     y: str = "",
 ) -> None:
     """Write a PNG of named curves through points (x, y), both axes from 0; raises as `plot`."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     for name, points in curves:
         axes.plot(*zip(*sorted(points), strict=True), marker=".", linewidth=1, label=name)
@@ -82,25 +90,32 @@ def plot_curves(
     axes.set_ylim(bottom=0)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    _save(path, figure, axes, title)
+    finish(axes, title)
+    save(path, figure)
 
 
-def _figure() -> Any:
+def new_figure(width: float = 7, height: float = 4.5) -> Any:
+    """Return an empty figure, in inches; raises UsageError without matplotlib."""
     check()
     # Not pyplot: that would look for a screen, and keep what it drew.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(path: Path, figure: Any, axes: Any, title: str) -> None:
+def finish(axes: Any, title: str) -> None:
+    """Give axes their title, a grid, and a legend where something has a name."""
     axes.set_title(title)
     axes.grid(True, which="both", alpha=0.2)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+
+
+def save(path: Path, figure: Any) -> None:
+    """Write the PNG; raise HobbitError where that cannot be done."""
     try:
         figure.savefig(path, format="png")
     except OSError as exc:

@@ -277,6 +277,17 @@ def _token_rows(result: Result) -> list[tuple[str, str]]:
     if decode.ahead_bytes:
         said += f"; {decode.ahead_mib_per_token:.1f} MiB a token read ahead"
         said += f", {100 * decode.ahead_wasted_share:.0f} % of it in vain"
+    times = ", ".join(f"{name} {_ms(ms / 1000)}" for name, ms in token_time(result).items())
+    # With everything cached there is nothing to predict, whichever predictor it would be.
+    rows = [("prediction", said)] if decode.mode == "streamed" else []
+    return [*rows, ("time of a token", f"{_ms(decode.decode_s / tokens)}: {times}")]
+
+
+def token_time(result: Result) -> dict[str, float]:
+    """Return in milliseconds where a token's time goes, after the first one; empty: nowhere."""
+    decode, tokens = result.decode, result.decode.tokens_generated
+    if not tokens or decode.mode == "resident":
+        return {}
     parts = {
         "experts": decode.moe_s,
         "waiting": decode.stall_s,
@@ -284,10 +295,7 @@ def _token_rows(result: Result) -> list[tuple[str, str]]:
         "cache": decode.manage_s,
     }
     parts["the rest"] = max(decode.decode_s - sum(parts.values()), 0.0)
-    times = ", ".join(f"{name} {_ms(s / tokens)}" for name, s in parts.items())
-    # With everything cached there is nothing to predict, whichever predictor it would be.
-    rows = [("prediction", said)] if decode.mode == "streamed" else []
-    return [*rows, ("time of a token", f"{_ms(decode.decode_s / tokens)}: {times}")]
+    return {name: 1000 * seconds / tokens for name, seconds in parts.items()}
 
 
 def _ms(seconds: float) -> str:
@@ -319,6 +327,7 @@ def run_report(
             "load_ms": 1000 * load_s,
             "first_token_ms": 1000 * stats.ttft_s,
         },
+        "token": token_time(result),
         "memory": {
             "cap_bytes": stats.cap_bytes,
             "peak_bytes": stats.peak_bytes,

@@ -429,6 +429,15 @@ class TestLifetime:
             hobbit.Llama(str(tmp_path / "absent.gguf"))
         assert isinstance(info.value, hobbit.ModelError)
 
+    def test_no_tokenizer(self, bench: Bench) -> None:
+        """llama.cpp would abort the process."""
+        path = bench.arch("qwen3moe", kv={"tokenizer.ggml.model": "no_vocab"})
+        with (
+            hobbit.Llama(str(path), **ARGUMENTS) as llm,
+            pytest.raises(hobbit.UnsupportedModelError, match="no tokenizer"),
+        ):
+            llm.create_completion(PROMPT)
+
     def test_cap_below_the_floor(self, path: Path) -> None:
         with pytest.raises(MemoryError) as info:
             hobbit.Llama(str(path), memory="1M", **ARGUMENTS)

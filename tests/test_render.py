@@ -174,6 +174,14 @@ def test_nothing_is_said_of_predictions_that_are_not_made() -> None:
     assert token_lines(replace(PREDICTED, tokens_generated=0)) == []
 
 
+def test_a_tokens_time_adds_up() -> None:
+    parts = render.token_time(Result("", "stop", STATS, PREDICTED))
+    assert [*parts] == ["experts", "waiting", "predicting", "cache", "the rest"]
+    assert sum(parts.values()) == pytest.approx(100)
+    for none in (replace(PREDICTED, tokens_generated=0), replace(PREDICTED, mode="resident")):
+        assert render.token_time(Result("", "stop", STATS, none)) == {}
+
+
 def test_report() -> None:
     report = render.run_report(RESULT, a_plan(8 * GIB), EXACT, {"seed": 5}, 1.0)
     data = json.loads(json.dumps(report))
@@ -183,6 +191,7 @@ def test_report() -> None:
         "finish_reason",
         "usage",
         "timings",
+        "token",
         "memory",
         "experts",
         "quality",
@@ -193,6 +202,7 @@ def test_report() -> None:
     assert data["usage"] == {"prompt_tokens": 214, "completion_tokens": 128, "total_tokens": 342}
     assert data["timings"]["predicted_per_second"] == pytest.approx(127 / 26.4)
     assert data["timings"]["prompt_n"] == 214
+    assert data["token"] == render.token_time(RESULT)
     assert data["mode"] == data["plan"]["mode"] == "resident-experts"
     assert {"predictor", "prediction_accuracy", "bytes_read_ahead"} <= set(data["experts"])
 

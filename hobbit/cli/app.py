@@ -23,11 +23,13 @@ import typer
 from ..errors import HobbitError
 from ..render import Screen
 from .bench import bench
+from .config import config, default_map
 from .console import forget_stdout, write
 from .doctor import doctor
 from .eval import evaluate
 from .ls import ls
 from .plan import plan
+from .plot import plot
 from .prepare import prepare
 from .pull import pull
 from .rm import rm
@@ -44,7 +46,7 @@ EXIT_DISK_FULL = 5
 
 app = typer.Typer(
     help="Run Mixture-of-Experts GGUF models that are bigger than memory.",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -132,6 +134,8 @@ def _options(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif not context.resilient_parsing:
+        context.default_map = default_map(context.command)
 
 
 def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
@@ -160,5 +164,7 @@ for _name, _command in (
     ("trace", trace),
     ("bench", bench),
     ("simulate", simulate),
+    ("plot", plot),
+    ("config", config),
 ):
     app.command(_name)(_interruptible(_command))

@@ -50,7 +50,8 @@ def simulate(
         bool, flag("--tune", help="Print the settings that read the least, of decay and hobbit.")
     ] = False,
     predict: Annotated[
-        str, flag("--predict", help="none, or recorded: the trace's own predictions.")
+        str,
+        flag("--predictions", "--predict", help="none, or recorded: the trace's own predictions."),
     ] = "none",
     odds: Annotated[
         float, flag("--odds", min=0, max=1, help="Read ahead what has at least these odds.")

@@ -1,11 +1,11 @@
-"""The models that hobbit knows by name: data/models.toml."""
+"""The models that hobbit knows by name: models.toml."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ..gguf_file import GGUF
@@ -18,6 +18,9 @@ else:
     import tomli as tomllib
 
 BUILT_IN = "built-in"
+
+# In the package as it is installed; in a checkout, beside it.
+_FOLDERS = Path(__file__).parents[1], Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Known:
 @cache
 def known_models() -> dict[str, Known]:
     """Return all of them by name, in the file's order."""
-    text = (files("hobbit") / "data" / "models.toml").read_text(encoding="utf-8")
+    file = next(path for folder in _FOLDERS if (path := folder / "models.toml").is_file())
+    text = file.read_text(encoding="utf-8")
     return {name: _entry(name, table) for name, table in tomllib.loads(text)["models"].items()}
 
 
