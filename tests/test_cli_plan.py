@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import sparse
 import tiny
+from doclines import commands
 from gates import layout_of
 from gguf import GGMLQuantizationType as Q
 from test_cli import SMALL, hobbit
-from test_docs import ROOT, commands
+from test_docs import TEXTS
 from test_why import record
 
 import hobbit as package
@@ -276,8 +277,8 @@ def test_the_commands_of_the_document_work(
         remember(disk.FILE, {"compute": compute | {_key(kind, 1): compute[_key(8, 1)]}})
     remember(LAST_RUN, record(schema=SCHEMA), state_folder)
     (tmp_path / "model.gguf").symlink_to(big)
-    lines = commands((ROOT / "docs" / "plan.md").read_text(encoding="utf-8"))
+    lines = [*commands(TEXTS["plan.md"])]
     assert len(lines) >= 9
     for line in lines:
-        done = hobbit(*line.split()[1:])
+        done = hobbit(*line.arguments)
         assert done.returncode == 0, (line, done.stderr)
