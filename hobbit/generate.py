@@ -208,11 +208,16 @@ def _arguments(llm: Llama, sampling: Sampling) -> dict[str, Any]:
         # For llama-cpp-python 0 is no limit, and 1 is several tokens where they make one character.
         return arguments | {"max_tokens": 1, "logit_bias": {llm.token_eos(): _FORCED}}
     if sampling.grammar:
-        from llama_cpp.llama_grammar import LlamaGrammar
-
-        _check_grammar(sampling.grammar, llm._model.vocab)
-        arguments["grammar"] = LlamaGrammar.from_string(sampling.grammar, verbose=False)
+        arguments["grammar"] = compiled_grammar(llm, sampling.grammar)
     return arguments
+
+
+def compiled_grammar(llm: Llama, text: str) -> Any:
+    """Return a LlamaGrammar of GBNF text; raise UsageError for what is none."""
+    from llama_cpp.llama_grammar import LlamaGrammar
+
+    _check_grammar(text, llm._model.vocab)
+    return LlamaGrammar.from_string(text, verbose=False)
 
 
 def parsed_grammar(text: str, json_schema: str = "") -> str:

@@ -117,6 +117,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._cancelled = CancelFlag()
         self._counted = Stats()
         self._sequences: set[int] = set()  # that `decode` saw and that did not end
+        self.on_progress: Callable[[int, int], None] | None = None
         self._fingerprint = ""  # known with a warm start
         self._measured = ContextMemory(0, 0, 0)
         self._process_bytes = 0  # before anything was loaded; known with the first plan
@@ -217,6 +218,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise UsageError("with resident low copies nothing is exact: load the model without")
         self._moe().set_rule(rule)
         self.quality = self._asked_quality = Quality("rule", rule, self.layout.low)
+
+    @contextmanager
+    def using(self, quality: Quality) -> Iterator[None]:
+        """While it lasts, compute at another quality that was chosen for this model.
+
+        No other cap may be set meanwhile. Raises UsageError where it cannot be had.
+        """
+        before = self.quality, self._asked_quality
+        self.rule = quality.at(self.plan.cached_share).rule
+        try:
+            yield
+        finally:
+            self.rule = before[0].rule
+            self.quality, self._asked_quality = before
 
     def set_memory(self, memory: str | int) -> None:
         """Change the cap of a loaded model, from any thread and also while it generates.
@@ -324,7 +339,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._cancelled.set(on)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens; see llama_cpp.Llama.eval. Raises ReadError and Cancelled."""
+        """Evaluate tokens; see llama_cpp.Llama.eval. Raises ReadError and Cancelled.
+
+        `on_progress` is called with the tokens done and all of them, before each ubatch of a prompt
+        and at its end; what it raises ends the evaluation.
+        """
         if self._ctx.ctx is None:
             raise HobbitError("the model is closed")
         before = self.n_tokens
@@ -334,7 +353,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         start = time.perf_counter()
         try:
             with self.translated_errors():
-                super().eval(tokens)
+                if is_prompt and self.on_progress is not None:
+                    self._eval_prompt(tokens, self.on_progress)
+                else:
+                    super().eval(tokens)
         finally:
             seconds, done = time.perf_counter() - start, self.n_tokens - before
             new = (
@@ -343,6 +365,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 else Stats(tokens_generated=done, decode_s=seconds)
             )
             self._counted = self._counted.plus(new)
+
+    def _eval_prompt(self, tokens: Sequence[int], on_progress: Callable[[int, int], None]) -> None:
+        """Evaluate ubatch by ubatch, the same ones that llama.cpp makes of each batch."""
+        n_batch, n_ubatch = self.n_batch, self.context_params.n_ubatch
+        for start in range(0, len(tokens), n_batch):
+            batch = tokens[start : start + n_batch]
+            for at in range(0, len(batch), n_ubatch):
+                on_progress(start + at, len(tokens))
+                super().eval(batch[at : at + n_ubatch])
+        on_progress(len(tokens), len(tokens))
 
     def decode(self, batch: Any, context: Any = None) -> None:
         """Call llama_decode on a llama_batch, whose tokens may be of several sequences.

@@ -41,11 +41,18 @@ LAYERS: dict[str, set[str]] = {
         "pictures.png", "pictures.reports", "pictures.routing", "pictures.terminal",
         "planning.report", "planning.why", "plot", "render", "report", "simulating",
     },
+    "serving": {
+        "serve", "serve.answer", "serve.app", "serve.channels", "serve.chat", "serve.engine",
+        "serve.errors", "serve.exchange", "serve.generation", "serve.guard", "serve.info",
+        "serve.metrics", "serve.native", "serve.openai", "serve.options", "serve.replies",
+        "serve.requests", "serve.scoring", "serve.server", "serve.service", "serve.sse",
+        "serve.start", "serve.stream", "serve.text", "serve.turns",
+    },
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.config", "cli.console", "cli.doctor",
         "cli.eval", "cli.flags", "cli.loading", "cli.ls", "cli.plan", "cli.plot", "cli.prepare",
-        "cli.pull", "cli.rm", "cli.run", "cli.show", "cli.signals", "cli.simulate", "cli.trace",
-        "cli.verify", "cli.why",
+        "cli.pull", "cli.rm", "cli.run", "cli.serve", "cli.show", "cli.signals", "cli.simulate",
+        "cli.trace", "cli.verify", "cli.why",
     },
 }  # fmt: skip
 
@@ -65,6 +72,9 @@ THIRD_PARTY: dict[str, set[str]] = {
         "llama",
         "patching",
         "planning.probe",
+        "serve.answer",
+        "serve.chat",
+        "serve.scoring",
         "stock",
         "streamed",
     },
@@ -84,6 +94,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "pictures.terminal",
         "planning.probe",
         "search",
+        "serve.scoring",
         "simulate",
         "stock",
         "streamed",
@@ -91,7 +102,18 @@ THIRD_PARTY: dict[str, set[str]] = {
         "trace_summary",
         "verify",
     },
+    "prometheus_client": {"serve.metrics"},
     "rich": {"pictures.terminal", "render"},
+    "starlette": {
+        "serve.app",
+        "serve.guard",
+        "serve.info",
+        "serve.native",
+        "serve.openai",
+        "serve.server",
+        "serve.service",
+        "serve.stream",
+    },
     "typer": {
         "cli.app",
         "cli.bench",
@@ -105,11 +127,13 @@ THIRD_PARTY: dict[str, set[str]] = {
         "cli.pull",
         "cli.rm",
         "cli.run",
+        "cli.serve",
         "cli.show",
         "cli.simulate",
         "cli.trace",
         "cli.verify",
     },
+    "uvicorn": {"serve.server"},
 }
 
 # A source file includes its own header besides.

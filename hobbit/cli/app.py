@@ -34,6 +34,7 @@ from .prepare import prepare
 from .pull import pull
 from .rm import rm
 from .run import run
+from .serve import serve
 from .show import show
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
@@ -151,6 +152,7 @@ def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
 
 for _name, _command in (
     ("run", run),
+    ("serve", serve),
     ("plan", plan),
     ("why", why),
     ("doctor", doctor),
