@@ -18,6 +18,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .llama import Llama
     from .patching import patch
+    from .planning.planner import plan
 
 __all__ = [
     "Cancelled",
@@ -30,6 +31,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "patch",
+    "plan",
 ]
 
 __version__ = version("hobbit-moe")
@@ -45,4 +47,8 @@ def __getattr__(name: str) -> object:
         from .patching import patch
 
         return patch
+    if name == "plan":
+        from .planning.planner import plan
+
+        return plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,10 +50,20 @@ class DiskRate:
     date: str
 
 
-def rate(path: Path, piece_bytes: Sequence[int], direct: bool = True) -> DiskRate:
-    """Return what is remembered of this disk at about this size, or else probe it."""
+def known_rate(path: Path, piece_bytes: Sequence[int], direct: bool = True) -> DiskRate | None:
+    """Return what is remembered of this disk at about this size."""
+    return _recalled(_key(path, sum(piece_bytes), direct))
+
+
+def rate(
+    path: Path, piece_bytes: Sequence[int], direct: bool = True, again: bool = False
+) -> DiskRate:
+    """Return what is remembered of this disk at about this size, or else probe it.
+
+    With `again` it is probed in any case.
+    """
     key = _key(path, sum(piece_bytes), direct)
-    known = _recalled(key)
+    known = None if again else _recalled(key)
     if known is not None:
         return known
     measured = probe(path, piece_bytes, direct=direct)

@@ -1,4 +1,8 @@
-"""Where hobbit keeps what it makes, and small things that it remembers."""
+"""Where hobbit keeps what it makes, and small things that it remembers.
+
+What can be made again is in the cache folder, what only time brings (the last run, how predictions
+fared) in the state folder.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +21,36 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(shared or Path.home() / ".cache") / "hobbit"
 
 
-def place(name: str) -> Path | None:
+def state_folder() -> Path:
+    """Return the folder, which may not exist yet: HOBBIT_STATE, or hobbit in the user's state."""
+    own, shared = os.environ.get("HOBBIT_STATE"), os.environ.get("XDG_STATE_HOME")
+    return Path(own) if own else Path(shared or Path.home() / ".local" / "state") / "hobbit"
+
+
+def place(name: str, folder: Callable[[], Path] = cache_folder) -> Path | None:
     """Return where a file of that name is kept, its folder made; None where that cannot be."""
     try:
-        path = cache_folder() / name
+        path = folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home
         return None
     return path
 
 
-def recall(name: str) -> dict[str, Any]:
+def recall(name: str, folder: Callable[[], Path] = cache_folder) -> dict[str, Any]:
     """Return what was remembered under a name; nothing where that is absent or unreadable."""
     try:
-        found = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+        found = json.loads((folder() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # no home, or nested without end
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def remember(name: str, data: dict[str, Any]) -> bool:
+def remember(name: str, data: dict[str, Any], folder: Callable[[], Path] = cache_folder) -> bool:
     """Write it whole or not at all; False, and no harm done, where the folder is not writable."""
     part: str | None = None
     try:
-        path = place(name)
+        path = place(name, folder)
         if path is None:
             return False
         number, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -52,12 +63,3 @@ def remember(name: str, data: dict[str, Any]) -> bool:
                 os.unlink(part)
         return False
     return True
-
-
-def state_folder() -> Path:
-    """Return the folder, which may not exist yet, of what a person would miss: chats, history."""
-    shared = os.environ.get("XDG_STATE_HOME")
-    try:
-        return Path(shared or Path.home() / ".local" / "state") / "hobbit"
-    except RuntimeError:  # no home
-        return Path(tempfile.gettempdir()) / "hobbit"

@@ -38,6 +38,7 @@ from .fingerprint import fingerprint
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
+from .planning.parts import PROCESS_GROWTH, output_bytes, process_line, scratch_bytes
 from .policy import DEFAULT, Policy, parse_policy
 from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, Quality, choose, low_copies
@@ -61,17 +62,6 @@ ResidentLow = Literal["auto", "on", "off"]
 _DEAD_ARGUMENTS = {"n_gqa", "n_parts", "f16_kv", "rms_norm_eps", "mul_mat_q", "low_vram"}
 _UPSTREAM = inspect.signature(llama_cpp.Llama.__init__).parameters
 _LLAMA_DECODE_ABORTED = "llama_decode returned 2"
-
-# What the plan keeps for the interpreter's growth, sampling, and the kernel's page tables.
-_PROCESS_GROWTH = 48 << 20
-_PAGE_TABLE_SHARE = 400
-_PROCESS_STEP = 16 << 20
-
-# native/replica.c, moe.c and reader.c: what they may allocate.
-_BATCH_BYTES = 32 << 20
-_ROW_TABLE_BYTES = 32 << 20
-_BOUNCE_BYTES = (2 << 20) + 2 * 4096
-_IO_THREADS = 4
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc]
@@ -607,11 +597,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _make_plan(self, slot_bytes: Sequence[SlotBytes]) -> None:
         cache = self._own_arguments["cache_bytes"]
         # What there is before the model is, whenever the plan is made.
-        self._process_bytes = self._process_bytes or _resident_bytes() + _PROCESS_GROWTH
+        self._process_bytes = self._process_bytes or _resident_bytes() + PROCESS_GROWTH
         process = self._process_bytes
 
         def divide(cap_bytes: int) -> MemoryPlan:
-            parts = self._parts(bool(slot_bytes), process + cap_bytes // _PAGE_TABLE_SHARE)
+            parts = [*self._parts(bool(slot_bytes)), process_line(process, cap_bytes)]
             return plan(self._cap, self.layout, parts, slot_bytes, cache)
 
         try:
@@ -644,8 +634,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             )
         return True
 
-    def _parts(self, streams: bool, process: int) -> list[Line]:
-        """The fixed parts of the plan."""
+    def _parts(self, streams: bool) -> list[Line]:
+        """The fixed parts of the plan, but for the process's own."""
         measured = self._measured
         parts = [
             Line("dense", measured.dense, "weights every token needs, in anonymous memory"),
@@ -654,9 +644,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         ]
         if streams:
             parts.append(Line("scratch", self._scratch_bytes(), "gathered rows, reads in flight"))
-        # In coarse steps, so that the cap that an error names works when it is typed.
-        process = -(-process // _PROCESS_STEP) * _PROCESS_STEP
-        return [*parts, Line("process", process, "interpreter and libraries")]
+        return parts
 
     def _context_params(self) -> Any:
         """The context's parameters, with the model's own context length where that is asked for."""
@@ -670,28 +658,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return params
 
     def _output_bytes(self) -> int:
-        """Logits in llama.cpp, and their copies in Python."""
-        embedding = self.layout.gguf.tensors.get("token_embd.weight")
-        row = 4 * embedding.shape[1] if embedding is not None else 0
         params = self._context_params()
         rows = params.n_batch + params.n_ctx if self._logits_all else 1
-        return row * (rows + 8)
+        return output_bytes(self.layout.gguf, rows)
 
     def _scratch_bytes(self) -> int:
-        """Upper bound of the plugin's work space for one ubatch."""
-        tokens: int = self._context_params().n_ubatch
-        used = self.layout.n_expert_used
-        row = 0
-        for group in self.layout.groups:
-            widths = [matrix.ne1 for matrix in group.matrices]
-            row = max(row, 4 * (sum(widths) + 3 * max(widths) + 2 * group.matrices[0].ne0))
-        rows = max(min(_BATCH_BYTES // row, tokens * used), tokens)
-        # ggml's table has an entry for each slot and pair: there are no more slots than experts.
-        experts = sum(group.n_expert for group in self.layout.groups)
-        tables = min(_ROW_TABLE_BYTES, 8 * tokens * used * experts)
-        threads = int(self._own_arguments["io_threads"] or _IO_THREADS)
+        n_ubatch, io_threads = self._context_params().n_ubatch, self._own_arguments["io_threads"]
         predicting = self._moe().prediction_bytes(self.prediction)
-        return rows * row * 4 // 3 + tables + threads * _BOUNCE_BYTES + predicting
+        return scratch_bytes(self.layout, n_ubatch, int(io_threads)) + predicting
 
 
 _patch_lock = threading.Lock()

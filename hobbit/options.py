@@ -304,6 +304,58 @@ class PrepareOptions:
         return Options(model=self.model, threads=self.threads, memory=self.memory, warm_start=False)
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """One value for each flag of `hobbit plan`, by the name of its parameter."""
+
+    name: str | None = None
+    model: str | None = None
+    memory: str = "auto"
+    for_tok_s: float | None = None
+    read_gbps: float | None = None
+    vram: str = "0"
+    quality: str = "exact"
+    ctx_size: int | None = None
+    threads: int | None = None
+    ubatch_size: int = 512
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    remeasure: bool = False
+    llama_cpp: bool = False
+    json_output: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.vram not in ("0", "auto"):
+            raise UsageError(f"--vram {self.vram}: experts are computed on the CPU: use 0")
+        self.loading()
+
+    def loading(self) -> Options:
+        """Return how the model would be loaded, which checks the flags that are shared."""
+        return Options(
+            model=self.model_name,
+            threads=self.threads,
+            cache_type_k=self.cache_type_k,
+            cache_type_v=self.cache_type_v,
+        )
+
+    @property
+    def model_name(self) -> str | None:
+        return self.model or self.name
+
+    @property
+    def n_threads(self) -> int:
+        return self.loading().n_threads
+
+    @property
+    def type_k(self) -> int:
+        return KV_TYPES[self.cache_type_k]
+
+    @property
+    def type_v(self) -> int:
+        return KV_TYPES[self.cache_type_v]
+
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "flash_attn": ("auto", "on", "off"),
     "io": ("auto", "direct", "buffered"),

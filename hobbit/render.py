@@ -213,8 +213,8 @@ def resident_lines(layout: Layout) -> list[str]:
     ]
 
 
-def stats_line(result: Result, quality: Quality) -> str:
-    """Return the line that ends every run."""
+def stats_line(result: Result, quality: Quality, missed: str = "") -> str:
+    """Return the line that ends every run; `missed` says that it was not what was predicted."""
     stats = result.stats
     prompt = f"{stats.tokens_prompt} tok prompt, {rate(stats.prompt_tok_s)} tok/s"
     first = f"first token {stats.ttft_s:.1f} s" if stats.ttft_s else "no token"
@@ -232,6 +232,8 @@ def stats_line(result: Result, quality: Quality) -> str:
         parts.append(f"hit {100 * decode.hit_rate:.0f} %")
         parts.append(f"{decode.mib_per_token:.0f} MiB/tok")
         parts.append(f"stall {100 * decode.stall_share:.0f} %")
+    if missed:
+        parts.append(missed)
     if result.finish_reason == "cancelled":
         parts.append("cancelled")
     return f"[{' | '.join(parts)}]"

@@ -280,7 +280,7 @@ def test_no_history(model: Path, state: Path) -> None:
         screen.enter("the sea")
         screen.type("\x1b[A")
         screen.wait_for(">>> the sea\n")
-    assert not state.exists()
+    assert not (state / "history").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(model: Path, state: Path) -> None:

@@ -98,15 +98,16 @@ def test_banner_and_stats_line_are_on_stderr(model: Path) -> None:
 
 
 def test_usage_is_remembered_unless_told_not_to(model: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "HOBBIT_CACHE": str(tmp_path)}
+    cache = tmp_path / "cache"
+    env = {**os.environ, "HOBBIT_CACHE": str(cache)}
     del env["HOBBIT_WARM_START"]
     run = ("run", model, "one two", "-n", "8", *SMALL)
     cold = hobbit(*run, "--no-warm-start", env=env)
-    assert cold.returncode == 0 and not [*tmp_path.iterdir()]
+    assert cold.returncode == 0 and not cache.exists()
     for _ in range(2):
         warm = hobbit(*run, env=env)
         assert (warm.returncode, warm.stdout) == (0, cold.stdout)
-    assert len([*tmp_path.glob("usage/*.json")]) == 1
+    assert len([*cache.glob("usage/*.json")]) == 1
     report = json.loads(hobbit(*run, "--json", env=env).stdout)
     assert report["config"]["warm_start"] is True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import HobbitError
+from ..generate import Result
 from ..render import Screen, stats_line, verbose_lines
 from . import view
 from .commands import Commands, Outcome, words
@@ -17,12 +18,22 @@ _Turn = Callable[[OnText, Callable[[], None]], Reply]
 
 
 class Chat:
-    """Joins a session with the terminal. Nothing that goes wrong in a turn ends it."""
+    """Joins a session with the terminal. Nothing that goes wrong in a turn ends it.
 
-    def __init__(self, session: Session, display: Display, screen: Screen) -> None:
+    `finished` is told what came of each answer, and says in a few words what is to be known of it.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        display: Display,
+        screen: Screen,
+        finished: Callable[[Result], str] = lambda result: "",
+    ) -> None:
         self._session = session
         self._display = display
         self._screen = screen
+        self._finished = finished
         toolbar = self._toolbar if display.screen_codes else None
         self._input = Input(words(), toolbar, display.color)
         self._commands = Commands(session, display, self._screen.say, self._keep_history)
@@ -91,11 +102,12 @@ class Chat:
             )
         if not reply.kept:
             self._screen.say("stopped before the answer began: the message was taken back")
+        missed = self._finished(result)
         if display.quiet:
             return
         if display.verbose:
             self._screen.say(*verbose_lines(result, 0.0))
-        self._screen.say(stats_line(result, self._session.llm.quality))
+        self._screen.say(stats_line(result, self._session.llm.quality, missed))
 
     def _toolbar(self, width: int) -> str:
         """Return the numbers below the input line: of the last answer, and the memory now."""

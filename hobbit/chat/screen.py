@@ -6,7 +6,7 @@ import os
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -68,9 +68,10 @@ class History(FileHistory):
 
 def history() -> History | InMemoryHistory:
     """Return the history; HOBBIT_NOHISTORY, unless 0 or empty, leaves the file alone."""
-    if os.environ.get("HOBBIT_NOHISTORY", "") not in ("", "0"):
-        return InMemoryHistory()
-    return History(state_folder() / "history", True)
+    if os.environ.get("HOBBIT_NOHISTORY", "") in ("", "0"):
+        with suppress(RuntimeError):  # no home
+            return History(state_folder() / "history", True)
+    return InMemoryHistory()
 
 
 class _Words(Completer):

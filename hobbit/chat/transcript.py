@@ -29,7 +29,10 @@ def place(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if len(path.parts) == 1 and not path.suffix:
-        return state_folder() / "chats" / f"{name}.jsonl"
+        try:
+            return state_folder() / "chats" / f"{name}.jsonl"
+        except RuntimeError as exc:
+            raise UsageError(f"{name}: there is no home folder: name a .jsonl file") from exc
     if path.suffix not in (".md", ".jsonl"):
         raise UsageError(f"{name}: the name must end in .md or .jsonl, or be a word")
     return path

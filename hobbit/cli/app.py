@@ -25,8 +25,10 @@ from ..render import Screen
 from .bench import bench
 from .config import config, default_map
 from .console import forget_stdout, write
+from .doctor import doctor
 from .eval import evaluate
 from .ls import ls
+from .plan import plan
 from .plot import plot
 from .prepare import prepare
 from .pull import pull
@@ -38,6 +40,7 @@ from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
 from .trace import trace
 from .verify import verify
+from .why import why
 
 EXIT_DISK_FULL = 5
 
@@ -150,6 +153,9 @@ def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
 for _name, _command in (
     ("run", run),
     ("serve", serve),
+    ("plan", plan),
+    ("why", why),
+    ("doctor", doctor),
     ("verify", verify),
     ("prepare", prepare),
     ("pull", pull),

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from ..render import Screen, model_line, resident_lines
 from .console import write
-from .loading import check_name, load, model_path
+from .loading import check_name, load, model_path, shown_name
 
 if TYPE_CHECKING:
+    from ..generate import Result
     from ..llama import Llama
     from ..options import Options
     from ..quality import Quality
@@ -25,6 +26,7 @@ def chat(options: Options) -> int:
     from ..layout import build_layout
     from ..memory import resolve_cap
     from ..options import chosen_quality, grammar, sampling, system_prompt
+    from ..planning.feedback import expected, expected_line, finished
 
     screen = Screen(options.quiet, options.color)
     check_name(options)
@@ -45,6 +47,9 @@ def chat(options: Options) -> int:
         llm = session.llm
         facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
         screen.say(f"io: {llm.stats.io or 'none'}   {facts}")
+        forecast = expected(llm)
+        if forecast is not None:
+            screen.say(expected_line(forecast))
         if options.think is not None:
             session.template.check_switch()
             session.think = options.think
@@ -61,5 +66,10 @@ def chat(options: Options) -> int:
             panel=options.panel,
             whole=options.no_stream,
         )
-        Chat(session, display, screen).run()
+
+        def told(result: Result) -> str:
+            # Memory and quality may have changed since the last answer.
+            return finished(session.llm, shown_name(options), result, expected(session.llm))
+
+        Chat(session, display, screen, told).run()
     return 0

@@ -49,6 +49,11 @@ def get_model(located: Located, screen: Screen) -> Path:
         raise
 
 
+def shown_name(options: Options) -> str:
+    """Return the model as a command names it."""
+    return options.model_name or (f"-hf {options.hf_repo}" if options.hf_repo else "demo")
+
+
 def _name(options: Options) -> str | None:
     if not options.hf_repo:
         return options.model_name

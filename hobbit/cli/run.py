@@ -15,7 +15,7 @@ import typer
 from ..render import Screen, model_line, resident_lines, run_report, stats_line, verbose_lines
 from .console import is_terminal, mute, read_stdin, write
 from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, dead, flag, ignored, offline_flag
-from .loading import check_name, load, model_path
+from .loading import check_name, load, model_path, shown_name
 from .signals import signal_code
 
 if TYPE_CHECKING:
@@ -234,6 +234,7 @@ def _run(options: Options) -> int:
         sampling,
         system_prompt,
     )
+    from ..planning.feedback import expected, expected_line, finished
 
     screen = Screen(options.quiet, options.color)
     check_name(options)
@@ -256,6 +257,9 @@ def _run(options: Options) -> int:
         io = llm.stats.io or "none"
         facts = f"threads: {llm.n_threads}   context: {llm.n_ctx()}   seed: {settings.seed}"
         screen.say(f"io: {io}   {facts}")
+        forecast = expected(llm)
+        if forecast is not None:
+            screen.say(expected_line(forecast))
         chat = has_chat_template(llm) and not options.raw
         if system and not chat:
             screen.say("the system prompt is not used: there is no chat template, or --raw")
@@ -265,6 +269,7 @@ def _run(options: Options) -> int:
             prompt = _thinking(llm, prompt, options)
         shown = _shown(llm, options)
         result = generate(llm, prompt, settings, mute if whole else shown)
+        missed = finished(llm, shown_name(options), result, forecast)
         if options.json_output:
             config = options.resolved(settings) | {"model": str(path), "chat": chat}
             config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
@@ -277,7 +282,7 @@ def _run(options: Options) -> int:
         write("\n")
         if options.verbose:
             screen.say(*verbose_lines(result, load_s))
-        screen.say(stats_line(result, llm.quality))
+        screen.say(stats_line(result, llm.quality, missed))
     return 0 if result.signal is None else signal_code(result.signal)
 
 

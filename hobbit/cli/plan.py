@@ -1,0 +1,113 @@
+"""hobbit plan: will it run here, how fast, and what is its memory for."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..render import Screen, model_line, resident_lines
+from .console import write
+from .flags import MODEL_HELP, chosen, flag, offline_flag
+
+if TYPE_CHECKING:
+    from ..options import PlanOptions
+
+
+def plan(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Nothing is fetched but its header."),
+    ] = None,
+    model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
+    memory: Annotated[
+        str,
+        flag(
+            "--memory",
+            "--ram",
+            help="Cap for the whole process: 8G, 8GB, 50% or auto; it may be more than this "
+            "machine has.",
+        ),
+    ] = "auto",
+    for_tok_s: Annotated[
+        float | None,
+        flag("--for", metavar="TOK_S", min=0.01, help="The memory that gives this speed."),
+    ] = None,
+    read_gbps: Annotated[
+        float | None,
+        flag(
+            "--read-gbps",
+            min=0.001,
+            help="Of another disk: its speed in 10^9 bytes a second (default: measured).",
+        ),
+    ] = None,
+    vram: Annotated[
+        str, flag("--vram", help="Memory of a GPU to use: 0; experts are computed on the CPU.")
+    ] = "0",
+    quality: Annotated[
+        str, flag("-Q", "--quality", help="exact, or what hobbit prepare has measured.")
+    ] = "exact",
+    ctx_size: Annotated[
+        int | None,
+        flag(
+            "-c",
+            "--ctx-size",
+            "--ctx",
+            min=0,
+            help="Context size; 0: the model's own (default: the same, up to 4096).",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
+    ] = None,
+    ubatch_size: Annotated[int, flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
+    cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
+    cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    offline: Annotated[bool, offline_flag()] = False,
+    remeasure: Annotated[
+        bool, flag("--remeasure", help="Measure processor and disk again.")
+    ] = False,
+    llama_cpp: Annotated[
+        bool, flag("--llama-cpp", help="Print the nearest command of llama.cpp's instead.")
+    ] = False,
+    json_output: Annotated[
+        bool, flag("--json", help="Print one JSON object instead of text.")
+    ] = False,
+    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Say whether a model fits, how fast it would be, and why: nothing of it is loaded."""
+    from ..options import PlanOptions
+
+    return _plan(chosen(PlanOptions, locals()))
+
+
+def _plan(options: PlanOptions) -> int:
+    from ..errors import PlanError
+    from ..planning.planner import plan
+    from ..planning.report import llama_server_flags, plan_lines
+
+    screen = Screen(options.quiet)
+    made = plan(
+        options.model_name,
+        options.memory,
+        n_ctx=options.ctx_size,
+        n_threads=options.n_threads,
+        quality=options.quality,
+        read_gbps=options.read_gbps,
+        type_k=options.type_k,
+        type_v=options.type_v,
+        n_ubatch=options.ubatch_size,
+        for_tok_s=options.for_tok_s,
+        remeasure=options.remeasure,
+    )
+    layout = made.forecast.subject.layout
+    if options.json_output:
+        write(json.dumps(made.to_dict(), ensure_ascii=False) + "\n")
+    elif options.llama_cpp:
+        write(llama_server_flags(made) + "\n")
+    else:
+        write("\n".join([model_line(layout), *resident_lines(layout), *plan_lines(made)]) + "\n")
+    if not made.fits:
+        screen.error(made.reason)
+    return 0 if made.fits else PlanError.exit_code

@@ -1,0 +1,1 @@
+"""Whether this machine is fit to run models: what `hobbit doctor` looks at."""
