@@ -243,17 +243,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @contextmanager
     def using(self, quality: Quality) -> Iterator[None]:
-        """While it lasts, compute at another quality that was chosen for this model.
+        """While it lasts, compute at another quality; see `set_quality`.
 
-        No other cap may be set meanwhile. Raises UsageError where it cannot be had.
+        No other cap may be set meanwhile.
         """
-        before = self.quality, self._asked_quality
-        self.rule = quality.at(self.plan.cached_share).rule
+        before = self._asked_quality
+        self.set_quality(quality)
         try:
             yield
         finally:
-            self.rule = before[0].rule
-            self.quality, self._asked_quality = before
+            self.set_quality(before)
 
     def set_memory(self, memory: str | int) -> None:
         """Change the cap of a loaded model, from any thread and also while it generates.
