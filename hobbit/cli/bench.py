@@ -113,7 +113,7 @@ def bench(
     ] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Measure speed as llama-bench does, of hobbit's modes and of stock llama.cpp, under a cap."""
+    """Measure speed as llama-bench does, beside stock llama.cpp."""
     from ..bench_options import BenchOptions
 
     return _bench(chosen(BenchOptions, locals()))

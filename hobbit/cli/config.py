@@ -101,7 +101,7 @@ def config(
         str, typer.Argument(metavar="[COMMAND]", help="Whose flags to show.")
     ] = "run",
 ) -> int:
-    """Show what a command's flags are, and which come from the environment or config.toml."""
+    """Show a command's settings, and where each comes from."""
     if action not in ("show", "path"):
         raise UsageError(f"hobbit config {action}: it is show or path")
     write(f"{config_path()}\n" if action == "path" else _shown(context, command))

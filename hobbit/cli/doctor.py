@@ -30,7 +30,7 @@ def doctor(
         bool, flag("--json", help="Print one JSON object instead of text.")
     ] = False,
 ) -> int:
-    """Check processor, memory, disk and build; exit with 6 if something is broken."""
+    """Check processor, memory, disk and build. Exits with 6 if something is broken."""
     from ..doctor import engine, storage, system
     from ..folders import cache_folder
 

@@ -86,7 +86,7 @@ def evaluate(
     ] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Measure what lossy modes cost: KL to exact, perplexity, bytes a token."""
+    """Measure what lossy modes cost: KL, perplexity, bytes a token."""
     from ..options import EvalOptions
 
     return _evaluate(chosen(EvalOptions, locals()))

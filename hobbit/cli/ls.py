@@ -20,7 +20,7 @@ def ls(
     ] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="Nothing on stderr.")] = False,
 ) -> int:
-    """List the models on this machine: hobbit's, the hub's cache, and other tools'."""
+    """List the models on this machine, also other tools'."""
     return _known(json_output) if known else _here(json_output, Screen(quiet))
 
 

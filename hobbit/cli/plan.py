@@ -76,7 +76,7 @@ def plan(
     ] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Say whether a model fits, how fast it would be, and why: nothing of it is loaded."""
+    """Say whether a model fits and how fast it would be. Nothing of it is loaded."""
     from ..options import PlanOptions
 
     return _plan(chosen(PlanOptions, locals()))

@@ -45,7 +45,7 @@ def plot(
         int, flag("-n", "--tokens", min=0, help="Of a trace, only the first tokens; 0: all.")
     ] = 0,
 ) -> int:
-    """Draw which experts are used, gate weights, hits by layer, a token's time, KL and bytes."""
+    """Draw routing, gate weights, hits, times, KL and bytes."""
     from .. import plot as plots
     from ..pictures.files import pictures_of
 

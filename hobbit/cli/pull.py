@@ -27,7 +27,7 @@ def pull(
     ] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Fetch a model into the hub's cache; an interrupted fetch goes on where it stopped."""
+    """Fetch a model into the hub's cache. An interrupted fetch goes on where it stopped."""
     return _pull(model, json_output, Screen(quiet))
 
 

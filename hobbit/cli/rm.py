@@ -31,7 +31,7 @@ def rm(
     ] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="Nothing on stderr.")] = False,
 ) -> int:
-    """Remove models of the hub's cache, the demo, and low copies; never another tool's files."""
+    """Remove models, the demo and low copies. Never another tool's files."""
     return _rm(models, low, yes, json_output, Screen(quiet))
 
 

@@ -209,7 +209,7 @@ def run(
     load_mode: Annotated[bool, ignored("--mmap", "--no-mmap", "--mlock")] = False,
     escape: Annotated[bool, ignored("-e", "--escape")] = False,
 ) -> int:
-    """Generate text from a prompt; without one, on a terminal, chat."""
+    """Answer a prompt; without one, on a terminal, chat."""
     from ..options import Options
 
     options = chosen(Options, locals())

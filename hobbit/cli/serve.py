@@ -162,7 +162,7 @@ def serve(
     quiet: Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors.")] = False,
     color: Annotated[str, flag("--color", help="auto, always or never.")] = "auto",
 ) -> int:
-    """Answer requests over HTTP, as OpenAI's and llama.cpp's servers do, with a web page."""
+    """Serve a model over HTTP to OpenAI's and llama.cpp's clients. It has a web page too."""
     from ..serve.options import ServeOptions
 
     return _serve(chosen(ServeOptions, locals()))

@@ -20,7 +20,7 @@ def show(
         bool, flag("--json", help="Print one JSON object instead of lines.")
     ] = False,
 ) -> int:
-    """Show a model's shape, sizes, licence and low copy; of one that is not here, its header."""
+    """Show a model's shape, sizes, licence and low copy. Of one that is not here, its header."""
     from ..listing import fact_lines
     from ..models import locate
     from ..models.inventory import facts

@@ -92,7 +92,7 @@ def simulate(
         bool, flag("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> int:
-    """Replay routing traces: what would other caches and policies have read?"""
+    """Replay routing traces with other caches and policies."""
     values = dict(locals())
 
     from ..simulating import simulating

@@ -55,7 +55,7 @@ def trace(
     predictor: Annotated[str, flag("--predictor", help=PREDICTOR_HELP)] = "auto",
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Record which experts the router chooses for a text, in a file, or show such a file."""
+    """Record which experts a text needs, or show such a record."""
     from ..options import TraceOptions
 
     return _trace(chosen(TraceOptions, locals()))

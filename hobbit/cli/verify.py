@@ -20,7 +20,7 @@ def verify(
     ] = None,
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Compare every logit with stock llama.cpp's, bit by bit, at several cache sizes."""
+    """Compare every logit with stock llama.cpp's, bit by bit. At several cache sizes."""
     return _verify(model, threads, Screen(quiet))
 
 

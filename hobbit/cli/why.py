@@ -14,7 +14,7 @@ def why(
         bool, flag("--json", help="Print one JSON object instead of text.")
     ] = False,
 ) -> int:
-    """Explain the last run's speed: where its time went, and what would change that."""
+    """Explain the last run's speed, and what would change it."""
     from ..errors import HobbitError
     from ..planning.feedback import last_run
     from ..planning.why import explain
