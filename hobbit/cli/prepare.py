@@ -80,7 +80,7 @@ def prepare(
     force: Annotated[bool, flag("--force", help="Make it again, or in place of a file.")] = False,
     quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
-    """Make a model's low-precision copy, and calibrate the lossy modes."""
+    """Make a model's low-precision copy; calibrate the lossy modes."""
     from ..options import PrepareOptions
 
     return _prepare(chosen(PrepareOptions, locals()))
