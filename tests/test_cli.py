@@ -292,7 +292,9 @@ def test_ctrl_c_stops_a_comparison(model: Path, stage: bytes) -> None:
         stock = children(process)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, b"", b"hobbit: error: interrupted\n")
+    assert (process.returncode, out) == (130, b"")
+    # On a busy machine it may have come to the next cache size meanwhile.
+    assert err.endswith(b"hobbit: error: interrupted\n") and b"Traceback" not in err
     assert len(stock) == (1 if stage.startswith(b"stock") else 0)
     assert not any(Path(f"/proc/{pid}").exists() for pid in stock)
 
