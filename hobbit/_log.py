@@ -26,7 +26,9 @@ _capture = _Capture()
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _callback(level: int, text: bytes, user_data: object) -> None:
-    if _capture.errors is None or _capture.verbose:
+    # A device's own threads say again what is raised as an error here.
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    if (_capture.errors is None and not foreign) or _capture.verbose:
         upstream_callback(level, text, user_data)
     line = text.decode(errors="replace").rstrip()
     logger.debug("%s", line)

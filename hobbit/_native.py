@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 
 from ._hobbit import ffi, lib
-from .errors import HobbitError, ModelError, ReadError, UnsupportedModelError
+from .errors import DeviceError, HobbitError, ModelError, ReadError, UnsupportedModelError
 
 __all__ = [
     "LLAMA_VERSION",
@@ -16,6 +16,7 @@ __all__ = [
     "address",
     "check",
     "error_buffer",
+    "failure",
     "ffi",
     "lib",
     "register",
@@ -26,6 +27,7 @@ ERROR_BYTES = 512
 
 _CLASSES: dict[int, type[HobbitError]] = {
     lib.HOBBIT_IO: ReadError,
+    lib.HOBBIT_DEVICE: DeviceError,
     lib.HOBBIT_FORMAT: ModelError,
     lib.HOBBIT_UNSUPPORTED: UnsupportedModelError,
 }
@@ -34,7 +36,12 @@ _CLASSES: dict[int, type[HobbitError]] = {
 def check(status: int, error: Any) -> None:
     """Raise the exception for a status other than HOBBIT_OK; `error` holds the text."""
     if status != lib.HOBBIT_OK:
-        raise _CLASSES.get(status, HobbitError)(ffi.string(error).decode(errors="replace"))
+        raise failure(status, error)
+
+
+def failure(status: int, error: Any) -> HobbitError:
+    """Return the exception for a status; `error` holds the text."""
+    return _CLASSES.get(status, HobbitError)(ffi.string(error).decode(errors="replace"))
 
 
 class CancelFlag:

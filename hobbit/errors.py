@@ -5,6 +5,7 @@ HobbitError
  |   +- UnsupportedModelError      the file is sound, but llama.cpp or hobbit cannot run it
  +- PlanError (MemoryError)        the memory cap is below what the model needs
  +- ReadError (OSError)            an expert could not be read while generating
+ +- DeviceError (RuntimeError)     a device or an RPC server cannot be used, or was lost
  +- Cancelled                      the generation was cancelled
  +- CapUnavailable                 this system or user cannot limit a process as a benchmark asks
  +- NoSpace                        the disk has no room for what is to be written
@@ -45,6 +46,13 @@ class PlanError(HobbitError, MemoryError):
 
 class ReadError(HobbitError, OSError):
     """An expert could not be read; the message names the file and the offset."""
+
+
+class DeviceError(HobbitError, RuntimeError):
+    """A device or an RPC server cannot be used, or was lost while it computed.
+
+    A model goes on without a device that was lost: what is evaluated next is computed by the CPU.
+    """
 
 
 class Cancelled(HobbitError):

@@ -24,13 +24,14 @@ import numpy.typing as npt
 
 from . import _log, batches, usage
 from ._native import CancelFlag
+from .arena import Arena, plan_arena, resolve_vram
 from .cpus import has_amx
+from .devices import Device, connect
 from .errors import (
     Cancelled,
     HobbitError,
     ModelError,
     PlanError,
-    ReadError,
     UnsupportedModelError,
     UsageError,
 )
@@ -38,13 +39,13 @@ from .fingerprint import fingerprint
 from .gguf_file import open_gguf
 from .layout import Layout, build_layout
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
-from .planning.parts import PROCESS_GROWTH, output_bytes, process_line, scratch_bytes
+from .planning.parts import PROCESS_GROWTH, batch_bytes, output_bytes, process_line, scratch_bytes
 from .policy import DEFAULT, Policy, parse_policy
 from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, Quality, choose, low_copies
 from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
-from .sizes import format_size
+from .sizes import format_size, parse_size
 from .stats import Stats
 from .streamed import (
     PREDICTORS,
@@ -87,6 +88,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     "lru"), perhaps with settings ("decay:half_life=64"), or a Policy.
     predict: who says which experts the next layers will use: "gate", "map", "none", or "auto",
     which tries; perhaps with settings ("gate:depth=2,always", "map:maps=512"), or a Prediction.
+    device: ggml's name of a device that is to hold experts too and compute those it holds, while
+    the CPU computes others.
+    vram: how much of the device's memory they get: "4G", bytes, or "auto", most of what is free.
+    rpc: HOST:PORT of a llama.cpp RPC server, whose first device is the default for `device`.
+    upload: what is copied to the device at most for each token that is processed.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -109,6 +115,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         warm_start: bool = False,
         policy: str | Policy = DEFAULT,
         predict: str | Prediction = "auto",
+        device: str | None = None,
+        vram: str | int = "auto",
+        rpc: str | None = None,
+        upload: str | int = "16MiB",
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
@@ -120,6 +130,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self.on_progress: Callable[[int, int], None] | None = None
         self._fingerprint = ""  # known with a warm start
         self._measured = ContextMemory(0, 0, 0)
+        self._arena: Arena | None = None
         self._process_bytes = 0  # before anything was loaded; known with the first plan
         self._own_arguments: dict[str, Any] = {
             "memory": memory,
@@ -134,6 +145,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "warm_start": warm_start,
             "policy": policy,
             "predict": predict,
+            "device": device,
+            "vram": vram,
+            "rpc": rpc,
+            "upload": upload,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -143,6 +158,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise UsageError(f"io is {io!r}: use auto, direct or buffered")
         if resident_low not in ("auto", "on", "off"):
             raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
+        if vram != "auto" and device is None and rpc is None:
+            raise UsageError(f"vram {vram} of what device? Name one with device, or a server (rpc)")
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
         self.prediction = parse_prediction(predict) if isinstance(predict, str) else predict
         layout = build_layout(open_gguf(Path(model_path)))
@@ -196,6 +213,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "ahead_bytes": c.ahead_bytes,
                 "ahead_wasted_bytes": c.ahead_wasted_bytes,
                 "predictor": PREDICTORS[c.predictor],
+                "device_hits": c.device_hits,
+                "device_pairs": c.device_pairs,
+                "device_bytes": c.device_bytes,
+                "device_s": c.device_ns * 1e-9,
+                "device_wait_s": c.device_wait_ns * 1e-9,
                 "stall_s": c.stall_ns * 1e-9,
                 "moe_s": c.compute_ns * 1e-9,
                 "predict_s": c.predict_ns * 1e-9,
@@ -513,9 +535,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             failure = error
         finally:
             self._cancelled.set(False)
-        why = self._streamed.take_error() if self._streamed else ""
-        if why:
-            raise ReadError(why) from failure
+        why = self._streamed.take_error() if self._streamed else None
+        if why is not None:
+            raise why from failure
         if failure is not None and str(failure) == _LLAMA_DECODE_ABORTED:
             raise Cancelled("cancelled") from failure
         if failure is not None:
@@ -526,17 +548,41 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if not self.layout.groups or params.vocab_only:
             return self._load_resident(params)
         own = self._own_arguments
+        device = self._open_device()
         streamed = StreamedModel(self.layout, self._cancelled, own["io"], own["io_threads"])
         self._stack.callback(streamed.close)
         self._streamed = streamed
         self._measured = measure(streamed.load, params, self._context_params())
+        self._arena = self._plan_arena(device) if device else None
         self._make_plan(streamed.slot_bytes())
         self._fill_plan(streamed)
+        if device is not None and self._arena is not None:
+            streamed.use_device(device, self._arena)
+            streamed.set_policy(self.policy)  # there too
         streamed.set_prediction(self.prediction)
         model = streamed.load(params, self.verbose)
         if own["warm_start"]:
             self._warm(streamed)
         return model
+
+    def _open_device(self) -> Device | None:
+        """Open the device that is asked for; it closes with the model."""
+        own = self._own_arguments
+        name = connect(own["rpc"]) if own["rpc"] else None
+        name = own["device"] or name
+        if name is None:
+            return None
+        device = Device(name, self.context_params.n_threads)
+        self._stack.callback(device.close)
+        return device
+
+    def _plan_arena(self, device: Device) -> Arena:
+        own = self._own_arguments
+        upload = own["upload"]
+        token_bytes = parse_size(upload) if isinstance(upload, str) else upload
+        vram = resolve_vram(own["vram"], device.info)
+        batch = batch_bytes(self.layout, self._context_params().n_ubatch)
+        return plan_arena(self.layout, device.info, vram, batch, token_bytes)
 
     def _fill_plan(self, streamed: StreamedModel) -> None:
         """Make the expert cache of the plan, with its policy and the rule that fits it."""
@@ -578,6 +624,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._streamed.save_maps(str(maps), self._fingerprint)
 
     def _load_resident(self, params: Any) -> int:
+        if self._own_arguments["device"] or self._own_arguments["rpc"]:
+            raise UsageError("the model has no experts that a device could hold")
         params.use_extra_bufts = params.use_extra_bufts and not has_amx()
         if params.load_mode == llama_cpp.LLAMA_LOAD_MODE_MMAP:
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # mapped pages could be evicted
@@ -601,7 +649,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
         def divide(cap_bytes: int) -> MemoryPlan:
             parts = [*self._parts(bool(slot_bytes)), process_line(process, cap_bytes)]
-            return plan(self._cap, self.layout, parts, slot_bytes, cache)
+            made = plan(self._cap, self.layout, parts, slot_bytes, cache)
+            arena = self._arena
+            shown = arena.line if arena and not arena.device.shares_memory else None
+            return replace(made, device=shown)
 
         try:
             self.plan = divide(self._cap.bytes)
@@ -643,6 +694,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         ]
         if streams:
             parts.append(Line("scratch", self._scratch_bytes(), "gathered rows, reads in flight"))
+        if self._arena is not None and self._arena.device.shares_memory:
+            parts.append(self._arena.line)
         return parts
 
     def _context_params(self) -> Any:
@@ -663,8 +716,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _scratch_bytes(self) -> int:
         n_ubatch, io_threads = self._context_params().n_ubatch, self._own_arguments["io_threads"]
-        predicting = self._moe().prediction_bytes(self.prediction)
-        return scratch_bytes(self.layout, n_ubatch, int(io_threads)) + predicting
+        more = self._moe().prediction_bytes(self.prediction)
+        more += self._arena.staging(self.layout) if self._arena else 0
+        return scratch_bytes(self.layout, n_ubatch, int(io_threads)) + more
 
 
 _patch_lock = threading.Lock()

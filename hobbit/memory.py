@@ -104,6 +104,7 @@ class MemoryPlan:
     floor_bytes: int
     token_bytes: int
     low_is_resident: bool = False
+    device: Line | None = None  # in memory of its own
 
     @property
     def low_fits(self) -> bool:
@@ -159,6 +160,7 @@ class MemoryPlan:
         """Write the plan as a table of name, size and reason."""
         rows = [*self.lines, Line("spare", self.spare_bytes, "not used")]
         rows.append(Line("cap", self.cap.bytes, self.cap.reason))
+        rows += [self.device] if self.device else []
         text = [f"{row.name:<9}{format_size(row.bytes):>12}  {row.reason}".rstrip() for row in rows]
         if self.below_cliff:
             text.append(
@@ -180,6 +182,7 @@ class MemoryPlan:
             "floor_bytes": self.floor_bytes,
             "token_bytes": self.token_bytes,
             "low_is_resident": self.low_is_resident,
+            "device": asdict(self.device) if self.device else None,
             "below_cliff": self.below_cliff,
             "above_cliff_bytes": self.above_cliff_bytes if self.below_cliff else None,
         }

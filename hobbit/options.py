@@ -97,6 +97,9 @@ class Options:
     predictor: str = DEFAULT_PREDICTOR
     io: str = "auto"
     io_threads: int = 0
+    device: str | None = None
+    vram: str = "auto"
+    rpc: str | None = None
     json_output: bool = False
     no_stream: bool = False
     think: bool | None = None
@@ -117,6 +120,8 @@ class Options:
                 raise UsageError(f"{flag} {count}: must be at most {MAX_THREADS}")
         if self.predict is not None and self.predict < -2:
             raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
+        if self.vram != "auto" and not self.device and not self.rpc:
+            raise UsageError(f"--vram {self.vram}: name the device, --device, or a server, --rpc")
         if self.record and self.replay:
             raise UsageError("--record and --replay: a run does one of the two")
         if not -1 <= self.seed <= MAX_SEED:
@@ -462,6 +467,9 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
         "predict": options.predictor,
         "io": options.io,
         "io_threads": options.io_threads,
+        "device": options.device,
+        "vram": options.vram,
+        "rpc": options.rpc,
         "resident_low": options.resident_low,
         "warm_start": options.warm_start,
         "verbose": options.verbose > 1,

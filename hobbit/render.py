@@ -230,6 +230,9 @@ def stats_line(result: Result, quality: Quality, missed: str = "") -> str:
         if decode.pairs_low or decode.pairs_skip:
             parts.append(shares(decode))
         parts.append(f"hit {100 * decode.hit_rate:.0f} %")
+        if decode.device_hits:
+            share = 100 * decode.device_hits / (decode.hits + decode.misses)
+            parts.append(f"device {share:.0f} %")
         parts.append(f"{decode.mib_per_token:.0f} MiB/tok")
         parts.append(f"stall {100 * decode.stall_share:.0f} %")
     if missed:
@@ -273,11 +276,22 @@ def verbose_lines(result: Result, load_s: float) -> list[str]:
         rows += [
             ("expert hits", f"{stats.hits} of {stats.hits + stats.misses}"),
             ("expert evictions", f"{stats.evictions}"),
+            *_device_rows(stats),
             ("read", f"{format_size(stats.read_bytes)} ({stats.io})"),
             ("waited for reads", f"{stats.stall_s:.2f} s"),
             *_token_rows(result),
         ]
     return [f"{name + ':':<22}{value}" for name, value in rows]
+
+
+def _device_rows(stats: Stats) -> list[tuple[str, str]]:
+    if not stats.device_bytes:
+        return []
+    return [
+        ("hits on the device", f"{stats.device_hits}, for {stats.device_pairs} pairs"),
+        ("copied to the device", format_size(stats.device_bytes)),
+        ("device computed", f"{stats.device_s:.2f} s, waited for {stats.device_wait_s:.2f} s"),
+    ]
 
 
 def _token_rows(result: Result) -> list[tuple[str, str]]:
@@ -353,6 +367,11 @@ def run_report(
             "hits": stats.hits,
             "misses": stats.misses,
             "evictions": stats.evictions,
+            "device_hits": stats.device_hits,
+            "device_pairs": stats.device_pairs,
+            "device_bytes": stats.device_bytes,
+            "device_s": stats.device_s,
+            "device_wait_s": stats.device_wait_s,
             "hit_rate": stats.hit_rate,
             "bytes_read": stats.read_bytes,
             "mib_per_token": result.decode.mib_per_token,

@@ -28,6 +28,11 @@ _COUNTERS = (
     "ahead_used",
     "ahead_bytes",
     "ahead_wasted_bytes",
+    "device_hits",
+    "device_pairs",
+    "device_bytes",
+    "device_s",
+    "device_wait_s",
     "stall_s",
     "moe_s",
     "predict_s",
@@ -47,6 +52,9 @@ class Stats:
     `ahead` are copies read because they were predicted, `ahead_used` those of them that were then
     used; `ahead_bytes` and `ahead_wasted_bytes` what was read so, and what of it was in vain.
     `predictor` is the one in force now; while "auto" tries them it changes every few tokens.
+    `device_hits` are those hits that were on a device, `device_pairs` the pairs computed there,
+    `device_bytes` what was copied into its memory; `device_s` is the time in which it had something
+    to do, `device_wait_s` that in which the CPU had nothing to do but wait for it.
     `stall_s` is the time in which computing waited for a read, `moe_s` the time in the experts'
     matrices, `predict_s` that of predicting, `manage_s` of looking up, evicting and asking.
     """
@@ -74,6 +82,11 @@ class Stats:
     ahead_used: int = 0
     ahead_bytes: int = 0
     ahead_wasted_bytes: int = 0
+    device_hits: int = 0
+    device_pairs: int = 0
+    device_bytes: int = 0
+    device_s: float = 0.0
+    device_wait_s: float = 0.0
     stall_s: float = 0.0
     moe_s: float = 0.0
     predict_s: float = 0.0

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _log, _native
-from ._native import CancelFlag, check, error_buffer, ffi, lib
+from ._native import CancelFlag, check, error_buffer, failure, ffi, lib
+from .arena import Arena
 from .batches import Row
+from .devices import Device
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
@@ -191,6 +193,20 @@ class StreamedModel:
             error,
             len(error),
         )
+        check(status, error)
+
+    def use_device(self, device: Device, arena: Arena) -> None:
+        """Give the experts memory on a device too, once, after `allocate`."""
+        pool_of_group = [0] * len(self.layout.groups)
+        for index, pool in enumerate(arena.pools):
+            for group in pool.groups:
+                pool_of_group[group] = index
+        pools = [(pool.slot_bytes.high, pool.slots) for pool in arena.pools]
+        native_pools = ffi.new("struct hobbit_device_pool[]", pools)
+        groups = ffi.new("int32_t[]", pool_of_group)
+        plan = (native_pools, groups, len(pools), arena.batch_bytes, arena.token_bytes)
+        native, error = ffi.new("struct hobbit_device_plan *", plan), error_buffer()
+        status = lib.hobbit_model_use_device(self._handle, device.handle, native, error, len(error))
         check(status, error)
 
     def load(self, params: Any, verbose: bool = False) -> int:
@@ -414,11 +430,11 @@ class StreamedModel:
         finally:
             lib.hobbit_model_collect(self._handle, ffi.NULL, ffi.NULL)
 
-    def take_error(self) -> str:
-        """The last failed read as a sentence, once; empty when there was none."""
+    def take_error(self) -> HobbitError | None:
+        """What failed last, a read or a device, once; None when nothing did."""
         error = error_buffer()
-        lib.hobbit_model_take_error(self._handle, error, len(error))
-        return str(ffi.string(error).decode(errors="replace"))
+        status = lib.hobbit_model_take_error(self._handle, error, len(error))
+        return None if status == lib.HOBBIT_OK else failure(status, error)
 
     def counters(self) -> Any:
         """A snapshot of the C struct hobbit_stats."""

@@ -54,7 +54,7 @@ bool hb_model_expect(struct hobbit_model *m, int32_t group, int32_t n, const int
     bool all_cached = true;
     for (int32_t i = 0; i < n; i++) {
         struct hb_key key = {group, experts[i], precisions[i]};
-        if (key.precision == HOBBIT_SKIP || is_expected(m, key)) {
+        if (key.precision == HOBBIT_SKIP || is_expected(m, key) || hb_model_is_there(m, key)) {
             continue;
         }
         all_cached = all_cached && hb_cache_peek(m->cache, key) >= 0;

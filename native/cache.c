@@ -351,6 +351,19 @@ bool hb_cache_has_room(const struct hb_cache *c, struct hb_key key) {
     return pool->used + bank->slot_bytes <= pool->bytes && (has_home(c, key) || bank->n_free > 0);
 }
 
+bool hb_cache_is_worth_it(const struct hb_cache *c, struct hb_key key) {
+    const struct group *g = &c->groups[key.group];
+    const struct hb_usage *usage = &g->usage[key.expert];
+    struct victim victim = {.found = false};
+    if (hb_cache_has_room(c, key)) {
+        return true;
+    }
+    consider(c, bank_of(c, key), &victim);
+    int32_t class = hb_policy_class(&c->policy, usage, key.group, g->passes);
+    double score = hb_policy_score(&c->policy, class, hb_policy_key(&c->policy, usage), &c->now);
+    return victim.found && victim.score < score - (double) c->policy.w_fld;
+}
+
 /* Forget the copy; the slot keeps its bytes until it is filled again or emptied. */
 static int32_t detach(struct hb_cache *c, struct hb_key key) {
     struct slot *slot = slot_of(c, key);
@@ -462,6 +475,14 @@ void hb_cache_pin(struct hb_cache *c, struct hb_key key, bool pinned) {
 void hb_cache_keep(struct hb_cache *c, struct hb_key key) {
     slot_of(c, key)->kept = true;
     rank_key(c, key);
+}
+
+uint64_t hb_cache_slot_bytes(const struct hb_cache *c, int32_t group) {
+    return c->pools[c->groups[group].pool].banks[HOBBIT_HIGH].slot_bytes;
+}
+
+int32_t hb_cache_n_experts(const struct hb_cache *c, int32_t group) {
+    return c->groups[group].n_experts;
 }
 
 int32_t hb_cache_n_ready(const struct hb_cache *c) {

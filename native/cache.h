@@ -58,6 +58,9 @@ int32_t hb_cache_find(struct hb_cache *cache, struct hb_key key, int32_t n_pairs
 /* The same, by pairs of several sequences: one look-up. */
 int32_t hb_cache_find_shared(struct hb_cache *cache, struct hb_key key, const struct hb_share *shares,
                              int32_t n_shares);
+/* Of a copy that is not cached: whether claiming it evicts nothing, or what is worth less, even if its own layer were
+ * as far away as any. */
+bool hb_cache_is_worth_it(const struct hb_cache *cache, struct hb_key key);
 /* For HOBBIT_POLICY_FARTHEST: when the expert is used next. Set it while the expert is pinned or not cached. */
 void hb_cache_set_next_use(struct hb_cache *cache, struct hb_key key, uint64_t when);
 /* A slot for a copy that is not cached, LOADING from now on; evicts. -1 when what is not pinned has too few bytes. */
@@ -74,6 +77,8 @@ void hb_cache_keep(struct hb_cache *cache, struct hb_key key); /* from now on ne
  * elsewhere. */
 int32_t hb_cache_home(const struct hb_cache *cache, int32_t group);
 
+uint64_t hb_cache_slot_bytes(const struct hb_cache *cache, int32_t group); /* of a high copy */
+int32_t hb_cache_n_experts(const struct hb_cache *cache, int32_t group);
 int32_t hb_cache_n_ready(const struct hb_cache *cache);
 uint64_t hb_cache_used(const struct hb_cache *cache, int32_t pool); /* bytes */
 uint64_t hb_cache_evictions(const struct hb_cache *cache);

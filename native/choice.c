@@ -127,7 +127,7 @@ const struct hb_gathered *hb_model_gathered(const struct hobbit_model *m) {
 }
 
 bool hb_model_has(const struct hobbit_model *m, struct hb_key key) {
-    return hb_cache_peek(m->cache, key) >= 0;
+    return hb_cache_peek(m->cache, key) >= 0 || hb_model_is_there(m, key);
 }
 
 float hb_model_mean_range(struct hobbit_model *m, int32_t group, float range) {
@@ -178,6 +178,7 @@ static struct hb_wanted wanted(const struct hobbit_model *m, int32_t group, int3
     struct hb_key high = {group, expert, HOBBIT_HIGH};
     uint16_t *in_vain = m->in_vain != NULL ? &m->in_vain[hb_model_number(m, high)] : NULL;
     return (struct hb_wanted) {.high = high, .need = need, .in_vain = in_vain,
+                               .elsewhere = hb_model_is_there(m, high),
                                .has_low = m->catalog.groups[group].copies[HOBBIT_LOW].n_matrices > 0};
 }
 

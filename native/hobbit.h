@@ -30,6 +30,7 @@ enum hobbit_status {
     HOBBIT_NOMEM       = 3,
     HOBBIT_ARG         = 4,
     HOBBIT_UNSUPPORTED = 5,
+    HOBBIT_DEVICE      = 6, /* a device or server failed, or is not there */
 };
 
 enum hobbit_io {
@@ -233,6 +234,10 @@ struct hobbit_stats {
     uint64_t compute_ns; /* inside the expert matrices */
     uint64_t splits;     /* graph pieces computed here */
     uint64_t dense_bytes; /* served to llama.cpp while loading */
+    uint64_t device_hits, device_pairs; /* look-ups, all of them hits, and pairs, of experts on the device */
+    uint64_t device_bytes;              /* copied into it */
+    uint64_t device_ns, device_wait_ns; /* it had a batch; and the computation had nothing to do but wait for it */
+    uint64_t device_declined;           /* batches that it could not compute after all */
     uint64_t cache_bytes; /* the arena */
     int32_t direct_io;    /* 1: reads bypass the page cache */
     int32_t n_slots;
@@ -249,7 +254,29 @@ struct hobbit_override {
     void *buffer_type;
 };
 
+/* A device of ggml's. */
+struct hobbit_device_info {
+    char name[64], description[128];
+    int32_t shares_memory; /* its memory is the machine's own */
+    uint64_t free_bytes, total_bytes;
+};
+
+/* An arena for high copies of the groups that use a stack set: their matrices have the same types and shapes. */
+struct hobbit_device_pool {
+    uint64_t expert_bytes;
+    int32_t n_slots; /* 0: none of them go there */
+};
+
+struct hobbit_device_plan {
+    const struct hobbit_device_pool *pools;
+    const int32_t *pool_of_group; /* one a group of the model */
+    int32_t n_pools;
+    uint64_t batch_bytes; /* for the activations of what is computed at a time */
+    uint64_t token_bytes; /* the most that are copied there for each token */
+};
+
 struct hobbit_model;
+struct hobbit_device;
 struct llama_context;
 
 /* Add the device to ggml's registry, unless ggml speaks another version of the interface; idempotent. */
@@ -331,12 +358,30 @@ void hobbit_buffer_type_free(void *buffer_type);
 void *hobbit_model_stream(struct hobbit_model *model, char *err, size_t err_len); /* FILE* or NULL */
 int32_t hobbit_stream_close(void *file);
 void hobbit_model_stats(const struct hobbit_model *model, struct hobbit_stats *out);
-/* The last failed read as a sentence ("" if none), and forget it. */
-void hobbit_model_take_error(struct hobbit_model *model, char *err, size_t err_len);
+/* What failed last, a read (HOBBIT_IO) or a device (HOBBIT_DEVICE), as a sentence ("" if nothing, and HOBBIT_OK), and
+ * forget it. */
+int32_t hobbit_model_take_error(struct hobbit_model *model, char *err, size_t err_len);
 void *hobbit_abort_callback(void); /* a ggml_abort_callback; its data is an int32_t, as `cancelled` above */
 void hobbit_model_close(struct hobbit_model *model); /* joins the threads; NULL is fine */
 /* What a context (also one of a model loaded with no_alloc) holds outside our arena. */
 void hobbit_context_memory(const struct llama_context *ctx, struct hobbit_context_memory *out);
+
+/* Make the devices of one of llama.cpp's RPC servers (HOST:PORT) known to hobbit, and the first one's name to the
+ * caller; llama.cpp does not see them. `library`: ggml's RPC backend, loaded where ggml has none built in. */
+int32_t hobbit_rpc_connect(const char *library, const char *endpoint, char *name, size_t name_len, char *err,
+                           size_t err_len);
+/* Start such a server with the CPU; returns only when it cannot, which is HOBBIT_DEVICE. For tests. */
+int32_t hobbit_rpc_serve(const char *library, const char *endpoint, int32_t n_threads, char *err, size_t err_len);
+/* Of the devices that can hold experts, one after another with a comma between. */
+void hobbit_device_names(char *names, size_t names_len);
+/* A device by ggml's name for it, ready to compute; n_threads is for the CPU's. */
+int32_t hobbit_device_open(const char *name, int32_t n_threads, struct hobbit_device **out, char *err, size_t err_len);
+void hobbit_device_describe(const struct hobbit_device *device, struct hobbit_device_info *out);
+/* Give the model's experts memory there, once, after hobbit_model_allocate. What is there is computed there while the
+ * rest is computed here. If the device fails, the computation that needs it does, and later ones do without. */
+int32_t hobbit_model_use_device(struct hobbit_model *model, struct hobbit_device *device,
+                                const struct hobbit_device_plan *plan, char *err, size_t err_len);
+void hobbit_device_close(struct hobbit_device *device); /* after its model; NULL is fine */
 
 /* Whether rows of one ggml_type can be made into another, and whether making that type takes an importance. */
 int32_t hobbit_can_quantize(int32_t from_type, int32_t to_type);

@@ -123,6 +123,9 @@ void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens, int
         hb_model_note_pass(m, n_tokens);
         hb_model_give_up(m, -1); /* of a pass that was broken off */
     }
+    if (m->tier != NULL) {
+        hb_tier_begin(m->tier, group, n_tokens, group < m->pass.group || m->catalog.n_groups == 1);
+    }
     m->pass.group = group;
     m->pass.last_rows = group + 1 == m->catalog.n_groups ? n_tokens : m->pass.last_rows;
     hb_model_unprotect(m, group);
@@ -238,6 +241,7 @@ void hb_model_end_background(struct hobbit_model *m) {
 }
 
 void hb_model_settle(struct hobbit_model *m) {
+    (void) hb_model_take_uploads(m, false);
     for (; m->n_wanted > 0; m->n_wanted--) {
         struct hb_key key = m->wanted[m->n_wanted - 1];
         if (hb_cache_slot(m->cache, key) < 0 && hb_model_start_read(m, key, true)) {
@@ -257,6 +261,9 @@ void hb_model_settle(struct hobbit_model *m) {
 enum hb_fetch hb_model_fetch(struct hobbit_model *m, struct hb_key key, int32_t *slot) {
     for (;;) {
         enum hb_fetch fetched = try_fetch(m, key, slot);
+        if (fetched == HB_FETCH_WAIT && hb_model_take_uploads(m, false)) {
+            continue; /* they had copies pinned */
+        }
         if (fetched != HB_FETCH_WAIT || m->in_foreground > 0 || m->in_background == 0) {
             return fetched;
         }
@@ -327,6 +334,7 @@ static bool keep_group(struct hobbit_model *m, int32_t group) {
 
 int32_t hobbit_model_keep_low(struct hobbit_model *m, char *err, size_t err_len) {
     hb_model_lock(m);
+    hb_model_end_uploads(m);
     bool good = m->cache != NULL;
     for (int32_t g = 0; good && g < m->catalog.n_groups; g++) {
         good = m->catalog.groups[g].copies[HOBBIT_LOW].n_matrices > 0;

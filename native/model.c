@@ -171,6 +171,7 @@ static bool new_pool(struct hb_pool *pool, const struct hobbit_pool *size) {
 
 /* Before another cache takes its place. */
 static void drop_cache(struct hobbit_model *m) {
+    hb_model_end_uploads(m);
     hb_model_end_background(m);
     m->evicted_before += hb_cache_evictions(m->cache);
     hb_rows_free(m->rows);
@@ -235,7 +236,7 @@ int32_t hobbit_model_set_policy(struct hobbit_model *m, const struct hobbit_poli
         return HOBBIT_ARG;
     }
     hb_model_lock(m);
-    bool good = hb_cache_set_policy(m->cache, policy);
+    bool good = hb_cache_set_policy(m->cache, policy) && (m->tier == NULL || hb_tier_set_policy(m->tier, policy));
     hb_model_unlock(m);
     if (!good) {
         snprintf(err, err_len, "out of memory");
@@ -249,6 +250,9 @@ void hobbit_model_new_sequence(struct hobbit_model *m) {
     if (m->cache != NULL) {
         hb_cache_reset(m->cache, 0);
     }
+    if (m->tier != NULL) {
+        hb_tier_new_sequence(m->tier);
+    }
     m->n_sequences++;
     if (m->trace != NULL) {
         (void) hb_trace_sequence(m->trace, m->n_sequences); /* the next event reports the error */
@@ -260,7 +264,11 @@ void hobbit_model_forget(struct hobbit_model *m) {
     hb_model_lock(m);
     if (m->cache != NULL) {
         hb_model_end_background(m);
+        hb_model_end_uploads(m);
         hb_cache_forget(m->cache);
+        if (m->tier != NULL) {
+            hb_tier_forget(m->tier);
+        }
         for (int32_t i = 0; m->in_vain != NULL && i < m->catalog.n_experts; i++) {
             m->in_vain[i] = 0;
         }
@@ -286,6 +294,8 @@ void hobbit_model_close(struct hobbit_model *m) {
         return;
     }
     hb_reader_close(m->reader);
+    hb_model_end_uploads(m);
+    hb_tier_free(m->tier);
     release_arena(m);
     for (int32_t i = 0; i < m->n_extents; i++) {
         free((void *) (uintptr_t) m->extents[i].data);
@@ -314,11 +324,13 @@ bool hb_model_cancelled(const struct hobbit_model *m) {
     return m->cancelled != NULL && __atomic_load_n(m->cancelled, __ATOMIC_RELAXED) != 0;
 }
 
-void hobbit_model_take_error(struct hobbit_model *m, char *err, size_t err_len) {
+int32_t hobbit_model_take_error(struct hobbit_model *m, char *err, size_t err_len) {
     pthread_mutex_lock(&m->error_lock);
     snprintf(err, err_len, "%s", m->error);
+    enum hobbit_status status = m->error[0] == '\0' ? HOBBIT_OK : m->error_status;
     m->error[0] = '\0';
     pthread_mutex_unlock(&m->error_lock);
+    return status;
 }
 
 void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) {
@@ -351,6 +363,12 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .stand_ins = atomic_load(&c->stand_ins),
         .cache_bytes = atomic_load(&c->cache_bytes),
         .n_slots = (int32_t) atomic_load(&c->n_slots),
+        .device_hits = atomic_load(&c->device_hits),
+        .device_pairs = atomic_load(&c->device_pairs),
+        .device_bytes = atomic_load(&c->device_bytes),
+        .device_ns = atomic_load(&c->device_ns),
+        .device_wait_ns = atomic_load(&c->device_wait_ns),
+        .device_declined = atomic_load(&c->device_declined),
         .direct_io = 1,
     };
     hb_reader_counters(m->reader, &out->read_bytes, &out->read_calls);
@@ -387,10 +405,20 @@ int32_t hb_model_home(const struct hobbit_model *m, int32_t group) {
     return hb_cache_home(m->cache, group);
 }
 
-void hb_model_fail(struct hobbit_model *m, const char *reason) {
+static void fail(struct hobbit_model *m, enum hobbit_status status, const char *reason) {
     pthread_mutex_lock(&m->error_lock);
     snprintf(m->error, sizeof m->error, "%s", reason);
+    m->error_status = status;
     pthread_mutex_unlock(&m->error_lock);
+}
+
+void hb_model_fail(struct hobbit_model *m, const char *reason) {
+    fail(m, HOBBIT_IO, reason);
+}
+
+void hb_model_device_failed(struct hobbit_model *m, const char *reason) {
+    hb_tier_abandon(m->tier);
+    fail(m, HOBBIT_DEVICE, reason);
 }
 
 void hb_model_read_failed(struct hobbit_model *m, int error, int32_t file, uint64_t offset) {

@@ -19,6 +19,7 @@
 #include "reader.h"
 #include "rule.h"
 #include "rows.h"
+#include "tier.h"
 #include "trace.h"
 
 struct hb_counters {
@@ -27,6 +28,7 @@ struct hb_counters {
     atomic_uint_fast64_t predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
+    atomic_uint_fast64_t device_hits, device_pairs, device_bytes, device_ns, device_wait_ns, device_declined;
     atomic_uint_fast64_t cache_bytes, n_slots; /* of the arena as it is: stats are asked for while it is exchanged */
     atomic_uint_fast64_t predictor; /* hb_model_predictor: stats are asked for while it changes */
 };
@@ -130,6 +132,20 @@ struct hb_arrival {
 struct hb_arrival hb_model_arrival(struct hobbit_model *model, bool wait);
 void hb_model_release(struct hobbit_model *model, struct hb_key key);
 
+/* --- experts that are on a device; the tier must be there for look_up and offer --- */
+
+struct hb_tier *hb_model_tier(const struct hobbit_model *model); /* NULL: there is none, or it was lost */
+void hb_model_set_tier(struct hobbit_model *model, struct hb_tier *tier); /* once; takes the lock; the model frees it */
+bool hb_model_is_there(const struct hobbit_model *model, struct hb_key key);
+/* A use by so many pairs: its slot there, pinned, and a hit is counted; or -1. */
+int32_t hb_model_look_up_there(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
+/* Of a copy that was just used: it goes there if it is cached here and that is worth it. */
+void hb_model_offer(struct hobbit_model *model, struct hb_key key);
+/* Take in what has arrived there: the copies here are no longer pinned. `wait` for the next. False: nothing did. */
+bool hb_model_take_uploads(struct hobbit_model *model, bool wait);
+void hb_model_end_uploads(struct hobbit_model *model); /* wait for all */
+void hb_model_decline(struct hobbit_model *model, int32_t group); /* see hb_tier_decline */
+
 /* Give back the reads that have not begun: they arrive as failed, without an error. Those in the background end too. */
 void hb_model_withdraw(struct hobbit_model *model);
 
@@ -138,5 +154,7 @@ bool hb_model_read(struct hobbit_model *model, const struct hb_matrix *matrix, v
                    size_t length);
 /* Keep a sentence for hobbit_model_take_error. */
 void hb_model_fail(struct hobbit_model *model, const char *reason);
+/* The same, of the device: it is used no more. */
+void hb_model_device_failed(struct hobbit_model *model, const char *reason);
 
 #endif

@@ -53,6 +53,7 @@ struct hobbit_model {
     int32_t n_extents;
     struct hb_reader *reader;
     struct hb_cache *cache; /* NULL until the arena is allocated */
+    struct hb_tier *tier; /* experts on a device, or NULL */
     struct hb_pool *pools;
     int32_t *pool_of_group;
     int32_t n_pools;
@@ -93,6 +94,7 @@ struct hobbit_model {
     pthread_mutex_t lock;       /* see model.h */
     pthread_mutex_t error_lock; /* guards `error` */
     char error[HB_ERROR_BYTES];
+    enum hobbit_status error_status;
     struct hb_counters counters;
     const int32_t *cancelled; /* the caller's, or NULL */
 };

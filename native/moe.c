@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "executor.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "model.h"
@@ -17,7 +18,8 @@
 /* Above this, ggml's table of stack depth x pairs costs more than gathering does. */
 #define IN_PLACE_TABLE_ENTRIES ((int64_t) 4 << 20)
 
-enum { MISSING, LOADING, READY, DONE }; /* of an expert within a segment */
+/* Of an expert within a segment. THERE: its weights are on the device, that has still to compute it; SENT: it does. */
+enum { MISSING, LOADING, READY, THERE, SENT, DONE };
 
 struct hb_moe {
     int n_threads;
@@ -108,6 +110,8 @@ struct wave {
     struct hb_owners owners;
     int32_t next_missing; /* experts before it are cached, loading or done */
     int32_t loading, ready, done, skipped;
+    struct hb_executor *device; /* NULL: no expert is there, or none is used */
+    int32_t there, sent;
 };
 
 static struct hb_key key_of(const struct wave *w, const struct hb_routed *e) {
@@ -147,6 +151,12 @@ static void look_up(struct wave *w) {
             e->state = DONE;
             w->done++;
             w->skipped++;
+            continue;
+        }
+        e->slot = w->device != NULL ? hb_model_look_up_there(model, key_of(w, e), e->n_pairs) : -1;
+        if (e->slot >= 0) {
+            e->state = THERE;
+            w->there++;
             continue;
         }
         e->slot = hb_model_look_up(model, key_of(w, e), shares, divide(w, e, shares));
@@ -244,8 +254,127 @@ static enum ggml_status compute_batch(struct wave *w) {
     return status;
 }
 
+/* --- the device's part --- */
+
+static void release_there(struct wave *w, struct hb_routed *e, int32_t state) {
+    struct hb_tier *tier = hb_model_tier(w->segment->model);
+    if (tier != NULL) {
+        hb_tier_release(tier, key_of(w, e));
+    }
+    w->there -= e->state == THERE;
+    w->sent -= e->state == SENT;
+    w->done += state == DONE;
+    e->state = state;
+}
+
+/* Those in one state are done, or missing after all: then they are computed here. */
+static void end_there(struct wave *w, int32_t from, int32_t to) {
+    for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
+        if (w->moe->routing.experts[i].state == from) {
+            release_there(w, &w->moe->routing.experts[i], to);
+        }
+    }
+    w->next_missing = to == MISSING ? 0 : w->next_missing;
+}
+
+/* As many as fit a batch; those too large for any are computed here. */
+static int choose_for_device(struct wave *w, const struct hb_routed **experts) {
+    int64_t most = hb_executor_pairs(w->device, w->segment->group), left = most;
+    int n = 0;
+    for (int32_t i = 0; i < w->moe->routing.n_experts; i++) {
+        struct hb_routed *e = &w->moe->routing.experts[i];
+        if (e->state == THERE && e->n_pairs > most) {
+            release_there(w, e, MISSING);
+            w->next_missing = 0;
+        } else if (e->state == THERE && e->n_pairs <= left) {
+            left -= e->n_pairs;
+            experts[n++] = e;
+        }
+    }
+    return n;
+}
+
+static void send(struct wave *w) {
+    const struct hb_routed **experts = (const struct hb_routed **) w->moe->batch.data;
+    int n = choose_for_device(w, experts);
+    if (n == 0 || !hb_executor_start(w->device, experts, n)) {
+        end_there(w, THERE, MISSING);
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        hb_routing_find(&w->moe->routing, experts[i]->expert, experts[i]->precision)->state = SENT;
+    }
+    w->sent = n;
+    w->there -= n;
+}
+
+/* The batch that was sent, if it is finished; false when the device is of no use any more. */
+static bool take_back(struct wave *w, bool wait) {
+    struct hobbit_model *model = w->segment->model;
+    struct hb_counters *counters = hb_model_counters(model);
+    char why[480];
+    uint64_t start = hb_now_ns();
+    enum hb_executed executed = hb_executor_finish(w->device, wait, why, sizeof why);
+    atomic_fetch_add(&counters->device_wait_ns, wait ? hb_now_ns() - start : 0);
+    if (executed == HB_EXECUTED_NOT_YET) {
+        return true;
+    }
+    if (executed == HB_EXECUTED_FAILED) {
+        hb_model_device_failed(model, why);
+        w->sent = w->there = 0;
+        return false;
+    }
+    if (executed == HB_EXECUTED_DONE) {
+        hb_executor_scatter(w->device);
+        atomic_fetch_add(&counters->device_ns, hb_executor_ns(w->device));
+        end_there(w, SENT, DONE);
+        return true;
+    }
+    atomic_fetch_add(&counters->device_declined, 1);
+    end_there(w, SENT, MISSING);
+    if (executed == HB_EXECUTED_UNSUPPORTED) {
+        end_there(w, THERE, MISSING);
+        hb_model_decline(model, w->segment->group);
+    }
+    return true;
+}
+
+/* Take back what the device has finished, and send it the next batch. */
+static bool serve_device(struct wave *w, bool wait) {
+    if (w->sent > 0 && !take_back(w, wait)) {
+        return false;
+    }
+    if (w->sent == 0 && w->there > 0) {
+        send(w);
+    }
+    return true;
+}
+
+/* Those that were computed here may go there, as far as it is worth it. */
+static void offer(struct wave *w) {
+    for (int32_t i = 0; i < w->moe->routing.n_experts && hb_model_tier(w->segment->model) != NULL; i++) {
+        hb_model_offer(w->segment->model, key_of(w, &w->moe->routing.experts[i]));
+    }
+}
+
+/* Whether a wait would be for something: then it is waited for. */
+static bool wait_for_device(struct wave *w, bool *good) {
+    if (w->ready > 0 || w->loading > 0) {
+        return false;
+    }
+    if (w->sent > 0) {
+        *good = serve_device(w, true);
+        return true;
+    }
+    return w->there > 0 || hb_model_take_uploads(w->segment->model, true); /* which had copies pinned */
+}
+
 /* After a failure nothing may be left pinned or under way. */
 static void drain(struct wave *w) {
+    if (w->sent > 0) {
+        (void) take_back(w, true);
+    }
+    end_there(w, THERE, DONE);
     if (w->loading > 0) {
         hb_model_withdraw(w->segment->model);
     }
@@ -272,9 +401,21 @@ static enum ggml_status compute_in_batches(struct wave *w) {
         }
     }
     enum ggml_status status = GGML_STATUS_SUCCESS;
+    if (w->device != NULL) {
+        hb_executor_begin(w->device, &moe->replicas);
+    }
     while (status == GGML_STATUS_SUCCESS && w->done < moe->routing.n_experts) {
+        bool good = w->device == NULL || serve_device(w, false);
+        if (!good) {
+            return GGML_STATUS_FAILED;
+        }
+        if (w->done == moe->routing.n_experts) {
+            break;
+        }
         fetch(w);
-        if (!collect(w) || w->ready == 0) {
+        if (wait_for_device(w, &good)) {
+            status = good ? status : GGML_STATUS_FAILED;
+        } else if (!collect(w) || w->ready == 0) {
             status = GGML_STATUS_FAILED;
         } else if (hb_model_cancelled(w->segment->model)) {
             status = GGML_STATUS_ABORTED;
@@ -342,7 +483,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     if (!hb_precision_choose(&moe->scores, s, &moe->routing, &moe->replicas.token_scale)) {
         return GGML_STATUS_FAILED;
     }
-    struct wave wave = {.moe = moe, .segment = s, .owners = owners};
+    struct hb_tier *tier = hb_model_gathered(s->model)->sums == NULL ? hb_model_tier(s->model) : NULL;
+    struct wave wave = {.moe = moe, .segment = s, .owners = owners,
+                        .device = tier != NULL ? hb_tier_executor(tier) : NULL};
     look_up(&wave);
     fetch(&wave);
     hb_model_give_up(s->model, s->group);
@@ -350,6 +493,9 @@ static enum ggml_status compute_segment(struct hb_moe *moe, const struct hb_segm
     hb_predict(&moe->forecast, s, &moe->routing);
     enum ggml_status status = fits_in_place(&wave) ? compute_in_place(&wave) : compute_in_batches(&wave);
     drain(&wave);
+    if (wave.device != NULL && status == GGML_STATUS_SUCCESS) {
+        offer(&wave);
+    }
     return status;
 }
 

@@ -17,6 +17,26 @@
 
 #define HB_REPLICA_INPUTS 32
 
+struct ggml_backend_buffer;
+
+/* A device's memory for the tensors of a batch. What has an offset in it has the same one in the replicas' own memory:
+ * from there the inputs are uploaded, and to there the rows that escape are downloaded. */
+struct hb_place {
+    struct ggml_backend_buffer *buffer; /* NULL: the tensors are in the replicas' own memory */
+    char *base;
+    size_t bytes, align;
+};
+
+/* The weights of a group in one precision: matrices of a role are in slots `stride` bytes apart. */
+struct hb_stacks {
+    int32_t precision, n_slots;
+    struct {
+        struct ggml_backend_buffer *buffer; /* NULL: the host's memory */
+        char *base;                         /* of slot 0 */
+        uint64_t stride;
+    } roles[HB_GROUP_MATRICES];
+};
+
 struct hb_replicas {
     const struct hb_segment *segment;
     const struct hb_routing *routing;
@@ -34,7 +54,12 @@ struct hb_replicas {
     int n_tensors;
     struct ggml_tensor *of_node[HB_SEGMENT_NODES];
     struct ggml_tensor *nodes[HB_SEGMENT_NODES]; /* what to compute */
+    bool escaping[HB_SEGMENT_NODES]; /* of each of them: it is wanted outside the segment */
     int n_nodes;
+    struct hb_place place;
+    size_t taken, n_inputs_bytes; /* of it; the inputs come first */
+    bool is_full;
+    struct ggml_tensor *biases[HB_SEGMENT_NODES]; /* one an ADD_ID: a row a pair */
 };
 
 /* Start a segment. False when it is beyond our limits. */
@@ -47,6 +72,24 @@ int64_t hb_replicas_batch_pairs(const struct hb_replicas *r, struct hb_arena are
  * memory is short. */
 bool hb_replicas_build(struct hb_replicas *r, struct hb_arena arena, const struct hb_routed *const *experts,
                        int n_experts);
+
+/* The same on a device, in the place that is set. Its operands are all uploaded: what ADD_ID adds is gathered, a row a
+ * pair, and the node becomes an ADD. */
+
+/* Continue the segment of `like`, from its first batch on: after hb_replicas_keep_inputs. */
+void hb_replicas_adopt(struct hb_replicas *r, const struct hb_replicas *like);
+/* Most pairs a batch there can have; 0: not one. */
+int64_t hb_replicas_place_pairs(const struct hb_replicas *r, int32_t n_slots);
+/* Build r->nodes, and gather what they need in the replicas' own memory. This and scattering asks nothing of the device;
+ * what is between them knows nothing of the segment, so that it may come to an end after the segment did. */
+void hb_replicas_build_there(struct hb_replicas *r, const struct hb_stacks *stacks,
+                             const struct hb_routed *const *experts, int n_experts);
+/* Give the nodes their memory there; false when it does not suffice after all. Then upload the first r->n_inputs_bytes,
+ * compute the nodes, and download those that escape. */
+bool hb_replicas_place(struct hb_replicas *r);
+/* Where in the replicas' own memory the rows of r->nodes[index] are to be, if they escape; else NULL. */
+char *hb_replicas_escaping(const struct hb_replicas *r, int index);
+
 /* After the nodes were computed: copy the rows that escape to the real tensors. */
 void hb_replicas_scatter(struct hb_replicas *r, const struct hb_routed *const *experts, int n_experts);
 /* In place of computing this expert: the rows of its pairs that escape become zero. */

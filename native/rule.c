@@ -19,7 +19,7 @@ int32_t hb_rule_choose(const struct hb_rule *rule, const struct hb_cache *cache,
     if (rule->deterministic || (wanted->need == HOBBIT_HIGH && !is_patient(rule, wanted))) {
         return wanted->need;
     }
-    if (hb_cache_peek(cache, wanted->high) >= 0) {
+    if (wanted->elsewhere || hb_cache_peek(cache, wanted->high) >= 0) {
         return HOBBIT_HIGH;
     }
     if (wanted->need == HOBBIT_HIGH) {
@@ -33,7 +33,7 @@ int32_t hb_rule_expect(const struct hb_rule *rule, const struct hb_cache *cache,
     if (rule->deterministic || wanted->need == HOBBIT_SKIP) {
         return wanted->need;
     }
-    if (hb_cache_peek(cache, wanted->high) >= 0) {
+    if (wanted->elsewhere || hb_cache_peek(cache, wanted->high) >= 0) {
         return HOBBIT_HIGH;
     }
     bool low = is_patient(rule, wanted) && *wanted->in_vain + 1 < rule->patience;

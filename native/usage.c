@@ -37,7 +37,7 @@ void hb_model_warm_on(struct hobbit_model *m) {
         if (m->in_background > 0 && (uint64_t) (m->in_background + 1) * bytes > WARM_BYTES) {
             return;
         }
-        if (hb_cache_slot(m->cache, key) < 0 && fits(m, key)) {
+        if (hb_cache_slot(m->cache, key) < 0 && !hb_model_is_there(m, key) && fits(m, key)) {
             (void) hb_model_start_read(m, key, true);
         }
         m->next_warm++;

@@ -19,7 +19,7 @@ NATIVE = ROOT / "native"
 LAYERS: dict[str, set[str]] = {
     "leaves": {"_log", "bench_arm", "cpus", "errors", "folders", "stats", "stock"},
     "files and settings": {
-        "calibration", "demo", "disk", "fingerprint", "gguf_file", "importance", "layout",
+        "arena", "calibration", "demo", "disk", "fingerprint", "gguf_file", "importance", "layout",
         "low_file", "low_types", "memory", "policy", "prediction", "quality", "rule", "schedule",
         "sizes", "texts", "trace", "trace_summary", "usage", "models", "models.catalogue",
         "models.hub", "models.inventory", "models.location", "models.mixtures", "models.names",
@@ -27,8 +27,9 @@ LAYERS: dict[str, set[str]] = {
         "models.transfer", "planning", "planning.estimate", "planning.history", "planning.parts",
     },
     "native": {
-        "_native", "batches", "low_writer", "nested", "planning.machine", "planning.planner",
-        "planning.probe", "planning.subject", "prepare", "simulate", "streamed", "structs",
+        "_native", "batches", "devices", "low_writer", "nested", "planning.machine",
+        "planning.planner", "planning.probe", "planning.subject", "prepare", "simulate", "streamed",
+        "structs",
     },
     "running a model": {"__init__", "forced", "generate", "llama", "patching", "verify"},
     "measuring": {
@@ -203,6 +204,7 @@ INCLUDES: dict[str, set[str]] = {
         "reader.h",
         "rows.h",
         "rule.h",
+        "tier.h",
         "trace.h",
     },
     "rule.c": set(),
@@ -210,8 +212,15 @@ INCLUDES: dict[str, set[str]] = {
     "trace.c": set(),
     "trace.h": {"hobbit.h"},
     "traced.c": {"model_impl.h"},
+    # Copies on a device, of which it knows no more than that a thread fills them.
+    "tier.c": set(),
+    "tier.h": {"cache.h", "worker.h"},
+    "tiered.c": {"model_impl.h"},
+    "worker.c": set(),
+    "worker.h": set(),
     # Graphs.
     "moe.c": {
+        "executor.h",
         "model.h",
         "precision.h",
         "predict.h",
@@ -254,15 +263,23 @@ INCLUDES: dict[str, set[str]] = {
     "backend.c": {"hobbit.h", "model.h", "moe.h", "os.h", "segment.h"},
     "context_memory.cpp": {"hobbit.h"},
     "quantize.c": {"hobbit.h"},
+    "device.c": {"executor.h", "guard.h", "rpc.h", "segment.h"},
+    "device.h": {"hobbit.h", "worker.h"},
+    "executor.c": {"device.h", "model.h", "replica.h"},
+    "executor.h": set(),
+    "guard.c": {"worker.h"},
+    "guard.h": set(),
+    "rpc.c": {"guard.h", "hobbit.h", "worker.h"},
+    "rpc.h": set(),
 }
 
 # ggml's and llama.cpp's headers, and who includes each.
 GGML: dict[str, set[str]] = {
     "ggml-backend-impl.h": {"backend.c"},
-    "ggml-backend.h": {"context_memory.cpp", "segment.c"},
+    "ggml-backend.h": {"context_memory.cpp", "device.h", "replica.c", "rpc.h", "segment.c"},
     "ggml-cpu.h": {"moe.c"},
-    "ggml-impl.h": {"moe.c", "segment.c"},
-    "ggml.h": {"moe.h", "quantize.c", "routing.h", "segment.h", "shape.h"},
+    "ggml-impl.h": {"executor.c", "moe.c", "segment.c"},
+    "ggml.h": {"guard.c", "moe.h", "quantize.c", "routing.h", "segment.h", "shape.h"},
     "llama-ext.h": {"context_memory.cpp"},
 }
 

@@ -173,6 +173,22 @@ def run(
     ] = None,
     io: Annotated[str, flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
     io_threads: Annotated[int, flag("--io-threads", min=0, help="Reading threads; 0: chosen.")] = 0,
+    device: Annotated[
+        str | None,
+        flag(
+            "--device",
+            "-dev",
+            help="Let this device (ggml's name for it) hold experts too, and compute those it "
+            "holds: docs/devices.md.",
+        ),
+    ] = None,
+    vram: Annotated[
+        str, flag("--vram", help="How much of the device's memory: 4G, or auto.")
+    ] = "auto",
+    rpc: Annotated[
+        str | None,
+        flag("--rpc", help="HOST:PORT of a llama.cpp RPC server whose device is to be used."),
+    ] = None,
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of the answer.")
     ] = False,

@@ -88,15 +88,21 @@ def output_bytes(gguf: GGUF, rows: int = 1) -> int:
 
 def scratch_bytes(layout: Layout, n_ubatch: int, io_threads: int = 0) -> int:
     """Upper bound of the plugin's work space for one ubatch, predicting left out."""
-    used, row = layout.n_expert_used, 0
-    for group in layout.groups:
-        widths = [matrix.ne1 for matrix in group.matrices]
-        row = max(row, 4 * (sum(widths) + 3 * max(widths) + 2 * group.matrices[0].ne0))
-    rows = max(min(_BATCH_BYTES // row, n_ubatch * used), n_ubatch)
+    used = layout.n_expert_used
     # ggml's table has an entry for each slot and pair: there are no more slots than experts.
     experts = sum(group.n_expert for group in layout.groups)
     tables = min(_ROW_TABLE_BYTES, 8 * n_ubatch * used * experts)
-    return rows * row * 4 // 3 + tables + (io_threads or _IO_THREADS) * _BOUNCE_BYTES
+    return batch_bytes(layout, n_ubatch) + tables + (io_threads or _IO_THREADS) * _BOUNCE_BYTES
+
+
+def batch_bytes(layout: Layout, n_ubatch: int) -> int:
+    """Upper bound of the rows that are gathered and computed at a time."""
+    row = 0
+    for group in layout.groups:
+        widths = [matrix.ne1 for matrix in group.matrices]
+        row = max(row, 4 * (sum(widths) + 3 * max(widths) + 2 * group.matrices[0].ne0))
+    rows = max(min(_BATCH_BYTES // row, n_ubatch * layout.n_expert_used), n_ubatch)
+    return rows * row * 4 // 3
 
 
 def slot_bytes(layout: Layout) -> list[SlotBytes]:

@@ -1,5 +1,7 @@
 """Take llama.cpp's and ggml's headers, the internal ones too, out of llama-cpp-python's sdist.
 
+And the sources of ggml's RPC backend.
+
 usage: fetch_headers.py VERSION FOLDER
 """
 
@@ -11,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 FOLDERS = ("ggml/include/", "ggml/src/", "include/", "src/")
+RPC = "ggml/src/ggml-rpc/"
 
 
 def download(version: str, folder: Path) -> Path:
@@ -26,14 +29,13 @@ def download(version: str, folder: Path) -> Path:
 
 
 def extract(sdist: Path, target: Path) -> None:
-    """Only headers, only from llama.cpp's own folders: nothing outside `target` can be written."""
+    """Only from llama.cpp's own folders: nothing outside `target` can be written."""
     with tarfile.open(sdist) as archive:
         for member in archive:
             _, found, path = member.name.partition("/vendor/llama.cpp/")
-            is_header = (
-                found and path.startswith(FOLDERS) and path.endswith(".h") and ".." not in path
-            )
-            source = archive.extractfile(member) if is_header else None
+            wanted = path.startswith(FOLDERS) and path.endswith(".h")
+            wanted = wanted or (path.startswith(RPC) and path.endswith(".cpp"))
+            source = archive.extractfile(member) if found and wanted and ".." not in path else None
             if source is not None:
                 out = target / path
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def extract(sdist: Path, target: Path) -> None:
 
 
 def main(version: str, target: Path) -> None:
-    if (target / "ggml/src/ggml-backend-impl.h").exists():
+    if (target / RPC / "transport.cpp").exists():
         return
     with tempfile.TemporaryDirectory() as folder:
         extract(download(version, Path(folder)), target)

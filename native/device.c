@@ -1,0 +1,147 @@
+#include "device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "executor.h"
+#include "guard.h"
+#include "rpc.h"
+#include "segment.h"
+
+/* Ours computes experts that stream, and has no memory of its own. */
+static bool can_hold_experts(ggml_backend_dev_t dev) {
+    return strcmp(ggml_backend_dev_name(dev), hb_buffer_type_name) != 0;
+}
+
+static ggml_backend_dev_t find(const char *name) {
+    for (size_t i = 0; i < ggml_backend_dev_count() + hb_rpc_n_devices(); i++) {
+        size_t n = ggml_backend_dev_count();
+        ggml_backend_dev_t dev = i < n ? ggml_backend_dev_get(i) : hb_rpc_device(i - n);
+        if (strcmp(ggml_backend_dev_name(dev), name) == 0 && can_hold_experts(dev)) {
+            return dev;
+        }
+    }
+    return NULL;
+}
+
+void hobbit_device_names(char *names, size_t length) {
+    size_t used = 0, n = ggml_backend_dev_count();
+    names[0] = '\0';
+    for (size_t i = 0; i < n + hb_rpc_n_devices(); i++) {
+        ggml_backend_dev_t dev = i < n ? ggml_backend_dev_get(i) : hb_rpc_device(i - n);
+        if (can_hold_experts(dev) && used < length) {
+            used += (size_t) snprintf(names + used, length - used, "%s%s", used > 0 ? ", " : "",
+                                      ggml_backend_dev_name(dev));
+        }
+    }
+}
+
+static void set_threads(const struct hobbit_device *d, int32_t n_threads) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(d->dev);
+    ggml_backend_set_n_threads_t set = (ggml_backend_set_n_threads_t) (uintptr_t)
+        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (set != NULL && n_threads > 0) {
+        set(d->backend, n_threads);
+    }
+}
+
+struct opening {
+    struct hobbit_device *device;
+    int32_t n_threads;
+};
+
+/* An integrated GPU's memory, and Apple's, is the machine's. */
+static bool shares_memory(const struct hobbit_device *d) {
+#if defined(__APPLE__) && defined(__aarch64__)
+    return true;
+#endif
+    enum ggml_backend_dev_type type = ggml_backend_dev_type(d->dev);
+    return type == GGML_BACKEND_DEVICE_TYPE_IGPU || type == GGML_BACKEND_DEVICE_TYPE_CPU ||
+           type == GGML_BACKEND_DEVICE_TYPE_ACCEL || ggml_backend_buft_is_host(d->buffer_type);
+}
+
+static void open_backend(void *context) {
+    const struct opening *o = context;
+    struct hobbit_device *d = o->device;
+    size_t free, total;
+    ggml_backend_dev_memory(d->dev, &free, &total);
+    d->info.free_bytes = free;
+    d->info.total_bytes = total;
+    snprintf(d->info.name, sizeof d->info.name, "%s", ggml_backend_dev_name(d->dev));
+    snprintf(d->info.description, sizeof d->info.description, "%s", ggml_backend_dev_description(d->dev));
+    d->buffer_type = ggml_backend_dev_buffer_type(d->dev);
+    d->info.shares_memory = shares_memory(d);
+    d->backend = ggml_backend_dev_init(d->dev, NULL);
+    if (d->backend != NULL) {
+        set_threads(d, o->n_threads);
+    }
+}
+
+int32_t hobbit_device_open(const char *name, int32_t n_threads, struct hobbit_device **out, char *err,
+                           size_t err_len) {
+    ggml_backend_dev_t dev = find(name);
+    if (dev == NULL) {
+        char names[256];
+        hobbit_device_names(names, sizeof names);
+        snprintf(err, err_len, "there is no device %s: there is %s", name, names);
+        return HOBBIT_ARG;
+    }
+    struct hobbit_device *d = calloc(1, sizeof *d);
+    struct opening *opening = malloc(sizeof *opening); /* a lost worker keeps it */
+    struct hb_worker *worker = hb_worker_new();
+    if (d == NULL || opening == NULL || worker == NULL || !hb_guard_add(worker, hb_rpc_is_remote(dev))) {
+        free(d);
+        free(opening);
+        (void) hb_worker_close(worker);
+        snprintf(err, err_len, "out of memory");
+        return HOBBIT_NOMEM;
+    }
+    d->worker = worker;
+    d->dev = dev;
+    *opening = (struct opening) {d, n_threads};
+    bool called = hb_worker_call(d->worker, open_backend, opening);
+    if (!called || d->backend == NULL) {
+        char why[256] = "it cannot be initialised";
+        if (!called) {
+            hb_worker_reason(d->worker, why, sizeof why);
+        } else {
+            free(opening);
+        }
+        snprintf(err, err_len, "device %s cannot be used: %s", name, why);
+        hobbit_device_close(d);
+        return HOBBIT_DEVICE;
+    }
+    free(opening);
+    *out = d;
+    return HOBBIT_OK;
+}
+
+void hobbit_device_describe(const struct hobbit_device *d, struct hobbit_device_info *out) {
+    *out = d->info;
+}
+
+static void close_backend(void *context) {
+    struct hobbit_device *d = context;
+    hb_executor_free(d->executor);
+    ggml_backend_free(d->backend);
+}
+
+#define PATIENCE_MS 5000
+
+/* Of a lost device nothing can be freed: its thread may be in the middle of it. */
+void hobbit_device_close(struct hobbit_device *d) {
+    if (d == NULL) {
+        return;
+    }
+    struct hb_worker *worker = d->worker;
+    d->closing = (struct hb_task) {.run = close_backend, .context = d};
+    hb_worker_submit(worker, &d->closing, false);
+    if (hb_worker_done(worker, &d->closing, PATIENCE_MS)) {
+        hb_guard_remove(worker);
+        free(d);
+    } else {
+        hb_worker_lose(worker, "it does not answer");
+    }
+    (void) hb_worker_close(worker);
+}
