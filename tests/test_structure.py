@@ -57,8 +57,8 @@ LAYERS: dict[str, set[str]] = {
     "commands": {
         "__main__", "cli", "cli.app", "cli.bench", "cli.chat", "cli.config", "cli.console",
         "cli.doctor", "cli.eval", "cli.flags", "cli.loading", "cli.ls", "cli.plan", "cli.plot",
-        "cli.prepare", "cli.pull", "cli.rm", "cli.run", "cli.serve", "cli.show", "cli.signals",
-        "cli.simulate", "cli.trace", "cli.verify", "cli.why",
+        "cli.prepare", "cli.pull", "cli.rm", "cli.run", "cli.serve", "cli.shared", "cli.show",
+        "cli.signals", "cli.simulate", "cli.trace", "cli.verify", "cli.why",
     },
 }  # fmt: skip
 
@@ -131,15 +131,14 @@ THIRD_PARTY: dict[str, set[str]] = {
         "cli.flags",
         "cli.plan",
         "cli.plot",
-        "cli.prepare",
         "cli.pull",
         "cli.rm",
         "cli.run",
         "cli.serve",
+        "cli.shared",
         "cli.show",
         "cli.simulate",
         "cli.trace",
-        "cli.verify",
     },
     "uvicorn": {"serve.server"},
     "wcwidth": {"chat.flow"},

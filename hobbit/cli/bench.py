@@ -10,6 +10,7 @@ from ..render import Screen, model_line, resident_lines
 from .console import write
 from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, flag
 from .loading import check_name, model_path
+from .shared import CacheTypeK, CacheTypeV, Quiet
 
 if TYPE_CHECKING:
     from ..bench_options import BenchOptions
@@ -42,8 +43,8 @@ def bench(
     n_depth: Annotated[str, flag("-d", "--n-depth", help="Tokens in the context before.")] = "0",
     batch_size: Annotated[str, flag("-b", "--batch-size", help="Logical batch.")] = "2048",
     ubatch_size: Annotated[str, flag("-ub", "--ubatch-size", help="Batch.")] = "512",
-    cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
-    cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    cache_type_k: CacheTypeK = "f16",
+    cache_type_v: CacheTypeV = "f16",
     threads: Annotated[
         str, flag("-t", "--threads", help="Threads (default: physical cores).")
     ] = "",
@@ -111,7 +112,7 @@ def bench(
         bool,
         flag("--breakdown", "--verbose", "-v", help="Show where a token's time goes (md)."),
     ] = False,
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Measure speed as llama-bench does, beside stock llama.cpp."""
     from ..bench_options import BenchOptions

@@ -12,8 +12,9 @@ import typer
 
 from ..render import Screen, model_line, resident_lines
 from .console import write
-from .flags import MODEL_HELP, POLICY_HELP, PREDICTOR_HELP, chosen, flag
+from .flags import chosen, flag
 from .loading import check_name, load, model_path
+from .shared import Memory, ModelWord, Policy, Predictor, Quiet, Threads
 
 if TYPE_CHECKING:
     from ..choices import ChoiceRow
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    model: ModelWord = None,
     file: Annotated[
         Path | None, flag("-f", "--file", help="Text to judge by (default: a built-in one).")
     ] = None,
@@ -72,19 +73,14 @@ def evaluate(
     ctx_size: Annotated[
         int | None, flag("-c", "--ctx-size", min=32, help="Context size (default: as needed).")
     ] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
-    memory: Annotated[
-        str,
-        flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
-    ] = "auto",
-    policy: Annotated[str, flag("--policy", help=POLICY_HELP)] = "decay",
-    predictor: Annotated[str, flag("--predictor", help=PREDICTOR_HELP)] = "auto",
+    threads: Threads = None,
+    memory: Memory = "auto",
+    policy: Policy = "decay",
+    predictor: Predictor = "auto",
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of tables.")
     ] = False,
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Measure what lossy modes cost: KL, perplexity, bytes a token."""
     from ..options import EvalOptions

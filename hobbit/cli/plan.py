@@ -9,7 +9,8 @@ import typer
 
 from ..render import Screen, model_line, resident_lines
 from .console import write
-from .flags import MODEL_HELP, chosen, flag, offline_flag
+from .flags import MODEL_HELP, chosen, flag
+from .shared import CacheTypeK, CacheTypeV, ModelFlag, Offline, Quiet, Threads, UbatchSize
 
 if TYPE_CHECKING:
     from ..options import PlanOptions
@@ -20,7 +21,7 @@ def plan(
         str | None,
         typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Nothing is fetched but its header."),
     ] = None,
-    model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
+    model: ModelFlag = None,
     memory: Annotated[
         str,
         flag(
@@ -58,13 +59,11 @@ def plan(
             help="Context size; 0: the model's own (default: the same, up to 4096).",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
-    ubatch_size: Annotated[int, flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
-    cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
-    cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
-    offline: Annotated[bool, offline_flag()] = False,
+    threads: Threads = None,
+    ubatch_size: UbatchSize = 512,
+    cache_type_k: CacheTypeK = "f16",
+    cache_type_v: CacheTypeV = "f16",
+    offline: Offline = False,
     remeasure: Annotated[
         bool, flag("--remeasure", help="Measure processor and disk again.")
     ] = False,
@@ -74,7 +73,7 @@ def plan(
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of text.")
     ] = False,
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Say whether a model fits and how fast it would be. Nothing of it is loaded."""
     from ..options import PlanOptions

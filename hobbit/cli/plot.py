@@ -11,7 +11,8 @@ import typer
 
 from ..render import Screen
 from .console import write
-from .flags import POLICY_HELP, flag
+from .flags import flag
+from .shared import Policy
 
 
 def plot(
@@ -40,7 +41,7 @@ def plot(
             help="For hits: size of the cache, as in hobbit simulate (default: as recorded).",
         ),
     ] = None,
-    policy: Annotated[str, flag("--policy", help=POLICY_HELP)] = "decay",
+    policy: Policy = "decay",
     tokens: Annotated[
         int, flag("-n", "--tokens", min=0, help="Of a trace, only the first tokens; 0: all.")
     ] = 0,

@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ..render import Screen, loss_line, low_lines, model_line, resident_lines
 from ..sizes import format_size
 from .console import write
-from .flags import MODEL_HELP, chosen, flag
+from .flags import chosen, flag
 from .loading import check_name, model_path
+from .shared import ModelWord, Quiet, Threads
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    model: ModelWord = None,
     low: Annotated[
         str,
         flag(
@@ -49,9 +48,7 @@ def prepare(
             help="The file to make (default: MODEL.hobbit-low.gguf, or MODEL.hobbit-nested.gguf).",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
+    threads: Threads = None,
     nested: Annotated[
         bool,
         flag(
@@ -78,7 +75,7 @@ def prepare(
         str, flag("--memory", "--ram", help="Cap while it runs the model on text.")
     ] = "auto",
     force: Annotated[bool, flag("--force", help="Make it again, or in place of a file.")] = False,
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Make a model's low-precision copy; calibrate the lossy modes."""
     from ..options import PrepareOptions

@@ -9,8 +9,9 @@ import typer
 
 from ..render import Screen
 from .console import write
-from .flags import flag, offline_flag
+from .flags import flag
 from .loading import get_model
+from .shared import Offline, Quiet
 
 
 def pull(
@@ -21,11 +22,11 @@ def pull(
             "quantisation, as user/name:Q4_K_M."
         ),
     ],
-    offline: Annotated[bool, offline_flag()] = False,
+    offline: Offline = False,
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of the path.")
     ] = False,
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Fetch a model into the hub's cache. An interrupted fetch goes on where it stopped."""
     return _pull(model, json_output, Screen(quiet))

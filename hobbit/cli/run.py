@@ -14,8 +14,37 @@ import typer
 
 from ..render import Screen, model_line, resident_lines, run_report, stats_line, verbose_lines
 from .console import is_terminal, mute, read_stdin, write
-from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, dead, flag, ignored, offline_flag
+from .flags import chosen, dead, flag, ignored
 from .loading import check_name, load, model_path, shown_name
+from .shared import (
+    T1,
+    T2,
+    BatchSize,
+    CacheTypeK,
+    CacheTypeV,
+    Color,
+    CtxSize,
+    Deterministic,
+    FlashAttn,
+    GpuLayers,
+    HfFile,
+    HfRepo,
+    Io,
+    IoThreads,
+    LowFile,
+    Memory,
+    ModelFlag,
+    Offline,
+    Patience,
+    Policy,
+    Predictor,
+    Quality,
+    ResidentLow,
+    Threads,
+    ThreadsBatch,
+    UbatchSize,
+    WarmStart,
+)
 from .signals import signal_code
 
 if TYPE_CHECKING:
@@ -34,13 +63,10 @@ def run(
             "the prompt.",
         ),
     ] = None,
-    model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
-    hf_repo: Annotated[
-        str | None,
-        flag("-hf", "--hf-repo", help="Hugging Face repository: user/name[:quantisation]."),
-    ] = None,
-    hf_file: Annotated[str | None, flag("-hff", "--hf-file", help="File in it.")] = None,
-    offline: Annotated[bool, offline_flag()] = False,
+    model: ModelFlag = None,
+    hf_repo: HfRepo = None,
+    hf_file: HfFile = None,
+    offline: Offline = False,
     prompt: Annotated[str | None, flag("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, flag("-f", "--file", help="Read the prompt from FILE.")] = None,
     system_prompt: Annotated[
@@ -61,29 +87,15 @@ def run(
             "(default: -1; demo: 256).",
         ),
     ] = None,
-    ctx_size: Annotated[
-        int | None,
-        flag(
-            "-c",
-            "--ctx-size",
-            min=0,
-            help="Context size; 0: the model's own (default: the same, up to 4096).",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
-    threads_batch: Annotated[
-        int | None, flag("-tb", "--threads-batch", help="Threads for the prompt (as -t).")
-    ] = None,
-    batch_size: Annotated[int, flag("-b", "--batch-size", min=1, help="Logical batch.")] = 2048,
-    ubatch_size: Annotated[int, flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
-    gpu_layers: Annotated[
-        str, flag("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on a GPU.")
-    ] = "auto",
-    flash_attn: Annotated[str, flag("-fa", "--flash-attn", help="on, off or auto.")] = "auto",
-    cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
-    cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
+    ctx_size: CtxSize = None,
+    threads: Threads = None,
+    threads_batch: ThreadsBatch = None,
+    batch_size: BatchSize = 2048,
+    ubatch_size: UbatchSize = 512,
+    gpu_layers: GpuLayers = "auto",
+    flash_attn: FlashAttn = "auto",
+    cache_type_k: CacheTypeK = "f16",
+    cache_type_v: CacheTypeV = "f16",
     temp: Annotated[
         float | None,
         flag("--temp", "--temperature", min=0, help="0: always the likeliest (model's, or 0.8)."),
@@ -112,57 +124,17 @@ def run(
     json_schema_file: Annotated[
         Path | None, flag("-jf", "--json-schema-file", help="Read it from FILE.")
     ] = None,
-    memory: Annotated[
-        str,
-        flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
-    ] = "auto",
-    policy: Annotated[str, flag("--policy", help=POLICY_HELP)] = "decay",
-    predictor: Annotated[str, flag("--predictor", help=PREDICTOR_HELP)] = "auto",
-    quality: Annotated[
-        str,
-        flag(
-            "-Q",
-            "--quality",
-            help="exact, high, balanced, fast, or the mean KL divergence to exact that is allowed, "
-            "as 0.02. All but exact need hobbit prepare.",
-        ),
-    ] = "exact",
-    t1: Annotated[
-        float | None,
-        flag("--t1", help="For experts: score above which low precision will do.", max=1),
-    ] = None,
-    t2: Annotated[
-        float | None,
-        flag("--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1),
-    ] = None,
-    patience: Annotated[
-        int,
-        flag(
-            "--patience",
-            min=0,
-            max=65535,
-            help="Read an expert's high copy when it was needed so often; use a low one before.",
-        ),
-    ] = 0,
-    deterministic: Annotated[
-        bool,
-        flag("--deterministic", help="The same text whatever the cap, the cache and the disk."),
-    ] = False,
-    low_file: Annotated[
-        Path | None,
-        flag("--low-file", help="GGUF with the experts in fewer bits (default: prepare's)."),
-    ] = None,
-    resident_low: Annotated[
-        str,
-        flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
-    ] = "auto",
-    warm_start: Annotated[
-        bool,
-        flag(
-            "--warm-start/--no-warm-start",
-            help="Read ahead, in the background, the experts that earlier runs used most.",
-        ),
-    ] = True,
+    memory: Memory = "auto",
+    policy: Policy = "decay",
+    predictor: Predictor = "auto",
+    quality: Quality = "exact",
+    t1: T1 = None,
+    t2: T2 = None,
+    patience: Patience = 0,
+    deterministic: Deterministic = False,
+    low_file: LowFile = None,
+    resident_low: ResidentLow = "auto",
+    warm_start: WarmStart = True,
     record: Annotated[
         Path | None,
         flag("--record", help="Write the precision that each expert gets to FILE."),
@@ -171,8 +143,8 @@ def run(
         Path | None,
         flag("--replay", help="Give the experts the precisions recorded in FILE."),
     ] = None,
-    io: Annotated[str, flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
-    io_threads: Annotated[int, flag("--io-threads", min=0, help="Reading threads; 0: chosen.")] = 0,
+    io: Io = "auto",
+    io_threads: IoThreads = 0,
     device: Annotated[
         str | None,
         flag(
@@ -213,7 +185,7 @@ def run(
         flag("--verbose", "-v", count=True, help="Show plan and timings; -vv: llama.cpp's log."),
     ] = 0,
     quiet: Annotated[bool, flag("--quiet", "-q", help="Print nothing but the answer.")] = False,
-    color: Annotated[str, flag("--color", help="auto, always or never.")] = "auto",
+    color: Color = "auto",
     cpu_moe: Annotated[bool, dead("-cmoe", "--cpu-moe")] = False,
     n_cpu_moe: Annotated[str | None, dead("-ncmoe", "--n-cpu-moe")] = None,
     override_tensor: Annotated[str | None, dead("-ot", "--override-tensor")] = None,

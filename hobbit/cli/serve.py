@@ -10,8 +10,36 @@ import typer
 
 from ..errors import HobbitError
 from ..render import Screen, model_line, resident_lines
-from .flags import MODEL_HELP, POLICY_HELP, PREDICTOR_HELP, chosen, flag
+from .flags import MODEL_HELP, chosen, flag
 from .loading import check_name, load, model_path
+from .shared import (
+    T1,
+    T2,
+    BatchSize,
+    CacheTypeK,
+    CacheTypeV,
+    Color,
+    CtxSize,
+    Deterministic,
+    FlashAttn,
+    GpuLayers,
+    HfFile,
+    HfRepo,
+    Io,
+    IoThreads,
+    LowFile,
+    Memory,
+    ModelFlag,
+    Patience,
+    Policy,
+    Predictor,
+    Quality,
+    ResidentLow,
+    Threads,
+    ThreadsBatch,
+    UbatchSize,
+    WarmStart,
+)
 
 if TYPE_CHECKING:
     from ..serve.generation import Finished
@@ -23,12 +51,9 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[MODEL]", help=MODEL_HELP),
     ] = None,
-    model: Annotated[str | None, flag("-m", "--model", help="MODEL, as a flag.")] = None,
-    hf_repo: Annotated[
-        str | None,
-        flag("-hf", "--hf-repo", help="Hugging Face repository: user/name[:quantisation]."),
-    ] = None,
-    hf_file: Annotated[str | None, flag("-hff", "--hf-file", help="File in it.")] = None,
+    model: ModelFlag = None,
+    hf_repo: HfRepo = None,
+    hf_file: HfFile = None,
     host: Annotated[
         str, flag("--host", help="Address to listen on; the default is this machine alone.")
     ] = "127.0.0.1",
@@ -79,88 +104,34 @@ def serve(
             help="Most tokens of an answer; -1: as the context has room (the default).",
         ),
     ] = None,
-    ctx_size: Annotated[
-        int | None,
-        flag(
-            "-c",
-            "--ctx-size",
-            min=0,
-            help="Context size; 0: the model's own (default: the same, up to 4096).",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
-    threads_batch: Annotated[
-        int | None, flag("-tb", "--threads-batch", help="Threads for the prompt (as -t).")
-    ] = None,
-    batch_size: Annotated[int, flag("-b", "--batch-size", min=1, help="Logical batch.")] = 2048,
-    ubatch_size: Annotated[int, flag("-ub", "--ubatch-size", min=1, help="Batch.")] = 512,
-    gpu_layers: Annotated[
-        str, flag("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on a GPU.")
-    ] = "auto",
-    flash_attn: Annotated[str, flag("-fa", "--flash-attn", help="on, off or auto.")] = "auto",
-    cache_type_k: Annotated[str, flag("-ctk", "--cache-type-k", help="Type of K.")] = "f16",
-    cache_type_v: Annotated[str, flag("-ctv", "--cache-type-v", help="Type of V.")] = "f16",
-    memory: Annotated[
-        str,
-        flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
-    ] = "auto",
-    policy: Annotated[str, flag("--policy", help=POLICY_HELP)] = "decay",
-    predictor: Annotated[str, flag("--predictor", help=PREDICTOR_HELP)] = "auto",
-    quality: Annotated[
-        str,
-        flag(
-            "-Q",
-            "--quality",
-            help="exact, high, balanced, fast, or the mean KL divergence to exact that is allowed, "
-            "as 0.02. All but exact need hobbit prepare.",
-        ),
-    ] = "exact",
-    t1: Annotated[
-        float | None,
-        flag("--t1", help="For experts: score above which low precision will do.", max=1),
-    ] = None,
-    t2: Annotated[
-        float | None,
-        flag("--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1),
-    ] = None,
-    patience: Annotated[
-        int,
-        flag(
-            "--patience",
-            min=0,
-            max=65535,
-            help="Read an expert's high copy when it was needed so often; use a low one before.",
-        ),
-    ] = 0,
-    deterministic: Annotated[
-        bool,
-        flag("--deterministic", help="The same text whatever the cap, the cache and the disk."),
-    ] = False,
-    low_file: Annotated[
-        Path | None,
-        flag("--low-file", help="GGUF with the experts in fewer bits (default: prepare's)."),
-    ] = None,
-    resident_low: Annotated[
-        str,
-        flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
-    ] = "auto",
-    warm_start: Annotated[
-        bool,
-        flag(
-            "--warm-start/--no-warm-start",
-            help="Read ahead, in the background, the experts that earlier runs used most.",
-        ),
-    ] = True,
-    io: Annotated[str, flag("--io", help="Read experts: direct, buffered or auto.")] = "auto",
-    io_threads: Annotated[int, flag("--io-threads", min=0, help="Reading threads; 0: chosen.")] = 0,
+    ctx_size: CtxSize = None,
+    threads: Threads = None,
+    threads_batch: ThreadsBatch = None,
+    batch_size: BatchSize = 2048,
+    ubatch_size: UbatchSize = 512,
+    gpu_layers: GpuLayers = "auto",
+    flash_attn: FlashAttn = "auto",
+    cache_type_k: CacheTypeK = "f16",
+    cache_type_v: CacheTypeV = "f16",
+    memory: Memory = "auto",
+    policy: Policy = "decay",
+    predictor: Predictor = "auto",
+    quality: Quality = "exact",
+    t1: T1 = None,
+    t2: T2 = None,
+    patience: Patience = 0,
+    deterministic: Deterministic = False,
+    low_file: LowFile = None,
+    resident_low: ResidentLow = "auto",
+    warm_start: WarmStart = True,
+    io: Io = "auto",
+    io_threads: IoThreads = 0,
     verbose: Annotated[
         int,
         flag("--verbose", "-v", count=True, help="Show the whole plan; -vv: llama.cpp's log."),
     ] = 0,
     quiet: Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors.")] = False,
-    color: Annotated[str, flag("--color", help="auto, always or never.")] = "auto",
+    color: Color = "auto",
 ) -> int:
     """Serve a model over HTTP to OpenAI's and llama.cpp's clients. It has a web page too."""
     from ..serve.options import ServeOptions

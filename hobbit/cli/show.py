@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from .console import write
-from .flags import flag, offline_flag
+from .flags import flag
+from .shared import Offline
 
 
 def show(
     model: Annotated[
         str, typer.Argument(help="A path, a known model, user/name[:QUANT], or demo.")
     ],
-    offline: Annotated[bool, offline_flag()] = False,
+    offline: Offline = False,
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of lines.")
     ] = False,

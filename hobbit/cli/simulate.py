@@ -10,6 +10,7 @@ import typer
 from ..render import Screen
 from .console import write
 from .flags import flag
+from .shared import T1, T2
 
 
 def simulate(
@@ -56,14 +57,8 @@ def simulate(
     odds: Annotated[
         float, flag("--odds", min=0, max=1, help="Read ahead what has at least these odds.")
     ] = 0.0,
-    t1: Annotated[
-        float | None,
-        flag("--t1", help="For experts: score above which low precision will do.", max=1),
-    ] = None,
-    t2: Annotated[
-        float | None,
-        flag("--t2", help="Score above which an expert is skipped (T1 is T2 if not given).", max=1),
-    ] = None,
+    t1: T1 = None,
+    t2: T2 = None,
     patience: Annotated[
         int,
         flag("--patience", min=0, max=65535, help="As in hobbit run."),

@@ -11,15 +11,16 @@ import typer
 from ..render import Screen, model_line, resident_lines
 from ..sizes import format_size
 from .console import write
-from .flags import MODEL_HELP, POLICY_HELP, PREDICTOR_HELP, chosen, flag
+from .flags import chosen, flag
 from .loading import check_name, load, model_path
+from .shared import Memory, ModelWord, Policy, Predictor, Quiet, Threads
 
 if TYPE_CHECKING:
     from ..options import Options, TraceOptions
 
 
 def trace(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    model: ModelWord = None,
     file: Annotated[
         Path | None, flag("-f", "--file", help="Text to feed (default: a built-in one).")
     ] = None,
@@ -44,16 +45,11 @@ def trace(
     ctx_size: Annotated[
         int | None, flag("-c", "--ctx-size", min=1, help="Context size (default: as needed).")
     ] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
-    memory: Annotated[
-        str,
-        flag("--memory", "--ram", help="Cap for the whole process: 8G, 8GB, 50% or auto."),
-    ] = "auto",
-    policy: Annotated[str, flag("--policy", help=POLICY_HELP)] = "decay",
-    predictor: Annotated[str, flag("--predictor", help=PREDICTOR_HELP)] = "auto",
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    threads: Threads = None,
+    memory: Memory = "auto",
+    policy: Policy = "decay",
+    predictor: Predictor = "auto",
+    quiet: Quiet = False,
 ) -> int:
     """Record which experts a text needs, or show such a record."""
     from ..options import TraceOptions

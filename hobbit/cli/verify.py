@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
-
-import typer
 
 from ..render import Screen, verify_lines
 from .console import write
-from .flags import MODEL_HELP, flag
 from .loading import check_name, model_path
+from .shared import ModelWord, Quiet, Threads
 
 
 def verify(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
-    threads: Annotated[
-        int | None, flag("-t", "--threads", help="Threads (default: physical cores).")
-    ] = None,
-    quiet: Annotated[bool, flag("--quiet", "-q", help="No progress on stderr.")] = False,
+    model: ModelWord = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
 ) -> int:
     """Compare every logit with stock llama.cpp's, bit by bit. At several cache sizes."""
     return _verify(model, threads, Screen(quiet))
