@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import llama_cpp
 from llama_cpp._logger import llama_log_callback as upstream_callback
 
 logger = logging.getLogger("hobbit")
+
+T = TypeVar("T")
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
@@ -36,7 +38,7 @@ def _callback(level: int, text: bytes, user_data: object) -> None:
         _capture.errors.append(line)
 
 
-llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+llama_cpp.llama_log_set(_callback, None)
 
 
 @contextmanager
@@ -48,6 +50,21 @@ def captured(verbose: bool) -> Iterator[list[str]]:
         yield _capture.errors
     finally:
         _capture.errors, _capture.verbose = outer
+
+
+def carried(call: Callable[[], T]) -> Callable[[], T]:
+    """Return the call such that on another thread it is captured as on this one."""
+    errors, verbose = _capture.errors, _capture.verbose
+
+    def called() -> T:
+        outer = _capture.errors, _capture.verbose
+        _capture.errors, _capture.verbose = errors, verbose
+        try:
+            return call()
+        finally:
+            _capture.errors, _capture.verbose = outer
+
+    return called
 
 
 def reason(errors: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 # llama.cpp's libraries must be in the process before ours, which is linked against them.
@@ -40,8 +42,16 @@ def check(status: int, error: Any) -> None:
 
 
 def failure(status: int, error: Any) -> HobbitError:
-    """Return the exception for a status; `error` holds the text."""
-    return _CLASSES.get(status, HobbitError)(ffi.string(error).decode(errors="replace"))
+    """Return the exception for a status; `error` holds the text.
+
+    That of a full disk has an OSError as its cause, by which the command tells it from others.
+    """
+    text = ffi.string(error).decode(errors="replace")
+    found = _CLASSES.get(status, HobbitError)(text)
+    reason = os.strerror(errno.ENOSPC)
+    if text.endswith(f"written: {reason}"):
+        found.__cause__ = OSError(errno.ENOSPC, reason)
+    return found
 
 
 class CancelFlag:

@@ -87,7 +87,8 @@ class Case:
 class Arm:
     """What is compared.
 
-    `arguments` are those of hobbit.Llama that make the arm; a rule is given as its fields. `cap` is
+    `arguments` are those of its Llama that make the arm; a rule is given as its fields, and stock
+    has `n_cpu_moe` besides, llama.cpp's layers whose experts stay off the GPU. `cap` is
     the memory of its process in bytes, page cache included; 0: none. `less` are amounts of a case
     that this arm does less of, as a slow one has to: its rows say so.
     """
@@ -102,7 +103,9 @@ class Arm:
     def title(self) -> str:
         """The name, with what else tells it from other arms of that name."""
         own = [self.arguments[key] for key in ("policy", "predict") if key in self.arguments]
-        return ", ".join([self.name, *own])
+        keys = [key for key in ("device", "rpc", "vram", "dispatch") if key in self.arguments]
+        there = " ".join(str(self.arguments[key]) for key in keys)
+        return ", ".join([self.name, *own, *([there] if there else [])])
 
     def case(self, case: Case) -> Case:
         return replace(case, **{n: min(v, getattr(case, n)) for n, v in self.less.items()})
@@ -224,7 +227,8 @@ def _resident_arm(setup: Setup, say: Callable[[str], None]) -> Arm | None:
     if setup.layout.gguf.nbytes > resolve_cap("auto").bytes:
         say(f"no roofline: {_too_big(setup)}")
         return None
-    return Arm(_RESIDENT)
+    number = setup.layout.n_expert_used if setup.layout.other_number else None
+    return Arm(_RESIDENT, arguments={} if number is None else {"n_expert_used": number})
 
 
 def _too_big(setup: Setup) -> str:
@@ -249,7 +253,8 @@ def run_arm(setup: Setup, case: Case, arm: Arm, index: int) -> Sample:
     """Run an arm once; raises the arm's own error, under its name."""
     is_resident = arm.name == _RESIDENT
     warm_up = min(WARM_UP, case.n_gen) if setup.warm else -1
-    arguments = {"memory": arm.cap or "auto"} | arm.arguments if arm.engine == "hobbit" else {}
+    cap = {"memory": arm.cap or "auto"} if arm.engine == "hobbit" else {}
+    arguments = cap | arm.arguments
     job = {
         "engine": arm.engine,
         "model": str(setup.model),

@@ -44,6 +44,11 @@ COUNTERS = (
     "stall_s",
     "manage_s",
     "predict_s",
+    "device_hits",
+    "device_pairs",
+    "device_bytes",
+    "device_s",
+    "device_wait_s",
 )
 
 
@@ -53,7 +58,7 @@ class Job:
 
     engine: str  # "hobbit", "stock-mmap" or "stock" (which reads the whole file into memory)
     model: str
-    arguments: dict[str, Any]  # of hobbit.Llama alone; a rule as its fields
+    arguments: dict[str, Any]  # of this arm's Llama alone; a rule as its fields; n_cpu_moe
     context: dict[str, Any]  # of the Llama of every arm
     text: str  # a file, or "" for random tokens
     seed: int
@@ -106,10 +111,12 @@ def _opened(job: Job) -> Iterator[Any]:
         with import_module("hobbit.llama").Llama(job.model, **arguments, **job.context) as llm:
             yield llm
         return
-    options = job.context | {"use_mmap": job.engine == "stock-mmap", "verbose": False}
+    own = dict(job.arguments)
+    off_gpu = own.pop("n_cpu_moe", 0)
+    options = job.context | own | {"use_mmap": job.engine == "stock-mmap", "verbose": False}
     # By its path: `import hobbit.stock` would import the package.
     stock = runpy.run_path(str(Path(__file__).with_name("stock.py")))
-    with stock["plain_llama"](job.model, options) as llm:
+    with stock["plain_llama"](job.model, options, n_cpu_moe=off_gpu) as llm:
         yield llm
 
 
@@ -129,6 +136,7 @@ def _about(llm: Any) -> dict[str, Any]:
             "quality": llm.quality.label,
             "cache_bytes": llm.stats.cache_bytes,
             "io": llm.stats.io,
+            "device": llm.arena.to_dict() if llm.arena else None,
         }
     return about
 
@@ -140,6 +148,10 @@ class _Feeder:
         self.llm = llm
         self.context = llm._ctx.ctx
         self.n_batch = n_batch
+        # Of stock's there is neither.
+        self._guarded: Callable[[Callable[[], Any]], Any]
+        self._guarded = getattr(llm, "guarded", lambda call: call())
+        self._decode_batch = getattr(llm, "decode_batch", api.llama_decode)
 
     def prompt(self, tokens: Tokens) -> list[float]:
         """Feed tokens in batches; return the seconds of each batch."""
@@ -157,16 +169,24 @@ class _Feeder:
 
     def _decode(self, tokens: Tokens) -> float:
         held = (api.llama_token * len(tokens))(*tokens.tolist())  # the batch only borrows it
+        batch = api.llama_batch_get_one(held, len(tokens))
+
+        def decode() -> int:
+            status = int(self._decode_batch(self.context, batch))
+            if status == 0:
+                api.llama_get_logits_ith(self.context, -1)  # waits for the computation
+            return status
+
         start = time.perf_counter()
-        status = api.llama_decode(self.context, api.llama_batch_get_one(held, len(tokens)))
+        status = self._guarded(decode)
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status}")
-        api.llama_get_logits_ith(self.context, -1)  # waits for the computation
         return time.perf_counter() - start
 
     def forget(self) -> None:
         """Begin another sequence, as Llama.eval does for an answer to another prompt."""
-        api.llama_memory_clear(api.llama_get_memory(self.context), True)
+        memory = api.llama_get_memory(self.context)
+        self._guarded(lambda: api.llama_memory_clear(memory, True))
         streamed = getattr(self.llm, "_streamed", None)
         if streamed is not None:
             streamed.new_sequence()

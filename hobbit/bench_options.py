@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .attempt import check_graph
 from .bench import Arm, Case, Setup, Test, file_bytes
 from .bench_rows import FORMATS
 from .calibration import BUDGETS, budget_of
 from .errors import UsageError
 from .layout import Layout
 from .memory import resolve_cap
-from .options import KV_TYPES, MAX_THREADS, Options
+from .options import KV_TYPES, MAX_THREADS, Options, device_arguments
 from .policy import DEFAULT, parse_policy
 from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, choose
@@ -51,6 +52,11 @@ class BenchOptions:
     memory: str = "none"
     policy: tuple[str, ...] = ()
     predictor: tuple[str, ...] = ()
+    device: str | None = None
+    vram: str = "auto"
+    rpc: str | None = None
+    dispatch: tuple[str, ...] = ()
+    n_expert_used: int | None = None
     read_bps: str = ""
     text: str = ""
     warm: bool = True
@@ -84,16 +90,34 @@ class BenchOptions:
     def arm_names(self) -> list[str]:
         return list(dict.fromkeys(n for text in self.arm for n in _split(text))) or [EXACT_NAME]
 
+    def devices(self) -> list[dict[str, str]]:
+        """Return the arguments of hobbit.Llama for each amount of the device's memory.
+
+        And for each way to use it; what is usual is left out.
+        """
+        found: list[dict[str, str]] = []
+        for vram, dispatch in itertools.product(_split(self.vram), self.dispatch or ("auto",)):
+            asked = device_arguments(self.device, vram, self.rpc, dispatch)
+            if dispatch == "auto":
+                asked.pop("dispatch", None)
+            given = {name: value for name, value in asked.items() if value is not None}
+            own = {} if vram == "0" else given
+            found += [own] if own not in found else []
+        if not found:
+            raise UsageError("--vram: say how much, as 4G, or auto")
+        return found
+
     def engines(self) -> list[dict[str, str]]:
-        """Return the arguments of hobbit.Llama for each policy with each predictor.
+        """Return the arguments of hobbit.Llama for each policy, predictor and use of a device.
 
         The usual ones are left out, and what is written in two ways is one.
         """
         policies = [parse_policy(text) for text in self.policy] or [DEFAULT]
         predictors = [parse_prediction(text) for text in self.predictor] or [Prediction()]
         found = []
-        for policy, predictor in itertools.product(policies, predictors):
+        for policy, predictor, there in itertools.product(policies, predictors, self.devices()):
             own = {"policy": str(policy)} if policy != DEFAULT else {}
+            own |= there
             own |= {"predict": str(predictor)} if predictor != Prediction() else {}
             found += [own] if own not in found else []
         return found
@@ -150,6 +174,7 @@ class BenchOptions:
 
     def setup(self, layout: Layout) -> Setup:
         """Return the benchmark of this model; raises what an arm would find missing."""
+        check_graph(layout, self.cases()[0].context)
         engines = self.engines()
         arms = [arm for n in self.arm_names for arm in _arms(n, self.memory, layout, engines)]
         low = {path for _, files in arms for path in files}
@@ -176,9 +201,13 @@ def _arms(
     cap = cap_bytes(own if at else memory, file_bytes(layout.gguf))
     stock = next((engine for engine in _STOCK if engine == name), None)
     if stock:
-        return [(Arm(name, stock, cap=cap), [])]
+        number = f", {layout.other_number}" if layout.other_number else ""
+        told = {"kv_overrides": layout.kv_overrides} if number else {}
+        return [(Arm(f"{name}{number}", stock, told, cap), [])]
     quality = choose(layout, name if name in (EXACT_NAME, *BUDGETS) else float(name))
-    chosen = {} if name == EXACT_NAME else {"quality": name}
+    chosen: dict[str, Any] = {} if name == EXACT_NAME else {"quality": name}
+    if layout.other_number:
+        name, chosen = quality.name, chosen | {"n_expert_used": layout.n_expert_used}
     files = [part.path for part in quality.low.gguf.parts] if quality.low else []
     return [(Arm(name, arguments=chosen | engine, cap=cap), files) for engine in engines]
 

@@ -23,12 +23,36 @@ Row = dict[str, Any]
 _MIB = 1 << 20
 _NS = 1e9
 _PHASES: dict[Test, list[str]] = {"pp": ["prompt"], "tg": ["decode"], "pg": ["prompt", "decode"]}
+# What llama-bench's rows say besides, of settings that are the same for every arm here: the CPU
+# computes, llama.cpp places nothing elsewhere and repacks no weights, threads float.
+_FIXED: Row = {
+    "build_number": 0,
+    "gpu_info": "",
+    "cpu_mask": "0x0",
+    "cpu_strict": False,
+    "poll": 50,
+    "n_gpu_layers": 0,
+    "n_cpu_moe": 0,
+    "split_mode": "none",
+    "main_gpu": 0,
+    "no_kv_offload": False,
+    "devices": "none",
+    "tensor_split": "0.00",
+    "tensor_buft_overrides": "none",
+    "embeddings": False,
+    "no_op_offload": 0,
+    "no_host": False,
+    "repack": False,
+    "fit_target": 0,
+    "fit_min_ctx": 0,
+}
 # A part of a token's time, and the counter that it is.
 PARTS = {
     "compute_s": "moe_s",
     "stall_s": "stall_s",
     "manage_s": "manage_s",
     "predict_s": "predict_s",
+    "device_wait_s": "device_wait_s",
 }
 
 
@@ -70,6 +94,12 @@ class Phase:
     def missed_bytes(self) -> float:
         """Of those, what was needed: not what a wrong prediction read."""
         return self.read_bytes - self.counters.get("ahead_wasted_bytes", 0) / self.tokens
+
+    @property
+    def device_hit_rate(self) -> float | None:
+        """Of the experts asked for, the share that was on a device."""
+        asked = self.counters.get("hits", 0) + self.counters.get("misses", 0)
+        return self.counters["device_hits"] / asked if asked else None
 
     def a_token(self, counter: str, unit: float = 1) -> float | None:
         """Return a counter for each token; None for what does not stream."""
@@ -125,6 +155,8 @@ def _row(one: Measured, test: Test) -> Row:
     return {
         "hobbit": version("hobbit-moe"),
         "llama_cpp_python": version("llama-cpp-python"),
+        "build_commit": f"llama-cpp-python {version('llama-cpp-python')}",
+        **_FIXED,
         "cpu_info": cpu_name(),
         "backends": "CPU",
         "model_filename": str(setup.model),
@@ -136,7 +168,9 @@ def _row(one: Measured, test: Test) -> Row:
         "n_threads": case.n_threads,
         "type_k": case.type_k,
         "type_v": case.type_v,
+        "flash_attn": bool(case.context.get("flash_attn")),
         "use_mmap": one.arm.engine == "stock-mmap",
+        "use_direct_io": first.get("io") == "direct",
         "n_prompt": case.n_prompt if test != "tg" else 0,
         "n_gen": case.n_gen if test != "pp" else 0,
         "n_depth": case.n_depth,
@@ -148,6 +182,7 @@ def _row(one: Measured, test: Test) -> Row:
         "test": _test_name(case, test),
         "mode": one.arm.name,
         "quality": first.get("quality"),
+        "n_expert_used": setup.layout.n_expert_used,
         "policy": _argument(one, "policy", str(DEFAULT)),
         "predict": _argument(one, "predict", str(Prediction())),
         "mem_bytes": one.arm.cap,
@@ -165,6 +200,10 @@ def _row(one: Measured, test: Test) -> Row:
         "ahead_mib_per_token": _median(p.a_token("ahead_bytes", _MIB) for p in phases),
         "wasted_mib_per_token": _median(p.a_token("ahead_wasted_bytes", _MIB) for p in phases),
         "evictions_per_token": _median(p.a_token("evictions") for p in phases),
+        "hobbit_dispatch": one.arm.arguments.get("dispatch", "auto")
+        if first.get("device")
+        else None,
+        **_device(first.get("device"), phases),
         "ttft_s": statistics.median(ttft) if test != "tg" else None,
         "load_s": statistics.median(sample["load_s"] for sample in one.samples),
         "peak_rss_bytes": max(sample["peak_rss_bytes"] for sample in one.samples),
@@ -174,6 +213,22 @@ def _row(one: Measured, test: Test) -> Row:
         "samples_ns": [round(s * _NS) for s in seconds],
         "samples_ts": rates,
         "samples": one.samples,
+    }
+
+
+def _device(device: dict[str, Any] | None, phases: Sequence[Phase]) -> Row:
+    """Say what a device had, and did for each token; nothing for an arm without one."""
+    names = ("hit_rate", "mib_per_token", "s_per_token", "wait_s_per_token")
+    none: Row = {f"hobbit_device_{name}": None for name in names}
+    if device is None:
+        return {"hobbit_device": None, "hobbit_device_vram_bytes": None, **none}
+    return {
+        "hobbit_device": device["name"],
+        "hobbit_device_vram_bytes": device["bytes"],
+        "hobbit_device_hit_rate": _median(phase.device_hit_rate for phase in phases),
+        "hobbit_device_mib_per_token": _median(p.a_token("device_bytes", _MIB) for p in phases),
+        "hobbit_device_s_per_token": _median(p.a_token("device_s") for p in phases),
+        "hobbit_device_wait_s_per_token": _median(p.a_token("device_wait_s") for p in phases),
     }
 
 
@@ -268,9 +323,11 @@ def as_markdown(found: Sequence[Row], breakdown: bool = False) -> str:
     """Return the table, and on request that of where time goes, and of cache and predictions."""
     tables = [_table(_columns(found), found)]
     if breakdown:
-        tables.append(_table([*_arm_columns(found), *_PART_COLUMNS], found))
+        tables.append(_table([*_arm_columns(found), *_part_columns(found)], found))
         ours = [row for row in found if row["evictions_per_token"] is not None]
         tables += [_table([*_arm_columns(found), *_CACHE_COLUMNS], ours)] if ours else []
+        there = [row for row in found if row["hobbit_device"] is not None]
+        tables += [_table([*_arm_columns(found), *_DEVICE_COLUMNS], there)] if there else []
     return "\n".join(tables)
 
 
@@ -322,13 +379,29 @@ _READING: Column = ("roofline, reading", lambda r: _number(r["roofline_reading"]
 
 def _columns(found: Sequence[Row]) -> list[Column]:
     reading = [_READING] if any(row["roofline_reading"] is not None for row in found) else []
-    return [*_LEFT, *_swept(found), *_RIGHT, *reading]
+    return [*_LEFT, *_swept(found), *_there(found), *_RIGHT, *reading]
 
 
 def _arm_columns(found: Sequence[Row]) -> list[Column]:
     """Return columns that tell rows apart in the tables after the first."""
     own = [column for column in _swept(found) if column[0] in ("policy", "predict")]
-    return [("test", _text_of("test")), ("mode", _text_of("mode")), *own]
+    return [("test", _text_of("test")), ("mode", _text_of("mode")), *own, *_there(found)[1:-1]]
+
+
+def _there(found: Sequence[Row]) -> list[Column]:
+    """Return the columns of a device, where a row has one."""
+    if all(row["hobbit_device"] is None for row in found):
+        return []
+    return [
+        ("device", _text_of("hobbit_device")),
+        ("vram", lambda r: format_size(r["hobbit_device_vram_bytes"] or 0)),
+        *([("dispatch", _text_of("hobbit_dispatch"))] if _dispatched(found) else []),
+        ("device %", lambda r: _number(r["hobbit_device_hit_rate"], 1, 0.01)),
+    ]
+
+
+def _dispatched(found: Sequence[Row]) -> bool:
+    return any(row["hobbit_dispatch"] not in (None, "auto") for row in found)
 
 
 def _swept(found: Sequence[Row]) -> list[Column]:
@@ -343,6 +416,12 @@ def _text_of(name: str) -> Callable[[Row], str]:
 
 def _milliseconds(part: str) -> Callable[[Row], str]:
     return lambda row: _number(row["breakdown"][part], 2, 1e-3)
+
+
+def _part_columns(found: Sequence[Row]) -> list[Column]:
+    waits = [("for the device", _milliseconds("device_wait_s"))] if _there(found) else []
+    at = [name for name, _ in _PART_COLUMNS].index("rest")
+    return [*_PART_COLUMNS[:at], *waits, *_PART_COLUMNS[at:]]
 
 
 _PART_COLUMNS: list[Column] = [
@@ -364,7 +443,23 @@ _CACHE_COLUMNS: list[Column] = [
     ("wasted MiB/t", lambda r: _number(r["wasted_mib_per_token"], 2)),
     ("evictions/t", lambda r: _number(r["evictions_per_token"], 2)),
 ]
-_WORDS = ("model", "backend", "mode", "bound", "policy", "predict", "predictor")
+_DEVICE_COLUMNS: list[Column] = [
+    ("device %", lambda r: _number(r["hobbit_device_hit_rate"], 1, 0.01)),
+    ("to it MiB/t", lambda r: _number(r["hobbit_device_mib_per_token"], 2)),
+    ("its ms/token", lambda r: _number(r["hobbit_device_s_per_token"], 2, 1e-3)),
+    ("waited for ms", lambda r: _number(r["hobbit_device_wait_s_per_token"], 2, 1e-3)),
+]
+_WORDS = (
+    "device",
+    "dispatch",
+    "model",
+    "backend",
+    "mode",
+    "bound",
+    "policy",
+    "predict",
+    "predictor",
+)
 
 
 def _table(columns: Sequence[Column], found: Sequence[Row]) -> str:

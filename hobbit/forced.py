@@ -100,7 +100,8 @@ class Forced:
     def clear(self) -> None:
         """Forget the context; the cache of experts stays."""
         self._llm.reset()  # what it knew of the context is gone as well
-        api.llama_memory_clear(api.llama_get_memory(self._llm._ctx.ctx), True)
+        memory = api.llama_get_memory(self._llm._ctx.ctx)
+        self._llm.guarded(lambda: api.llama_memory_clear(memory, True))
         self._past = 0
 
     def keep(self, n: int) -> bool:
@@ -131,15 +132,14 @@ class Forced:
                 batch.seq_id[i][0] = 0
                 batch.logits[i] = logits or i == n - 1 or (every > 0 and i % every == 0)
             with self._llm.translated_errors():
-                status = api.llama_decode(context, batch)
+                status = self._llm.decode_batch(context, batch)
                 if status != 0:  # in the words that translated_errors knows
                     raise RuntimeError(f"llama_decode returned {status}")
         finally:
             api.llama_batch_free(batch)
         self._past += n
         for i in range(len(rows)):
-            row = api.llama_get_logits_ith(context, i)
-            rows[i] = np.ctypeslib.as_array(row, shape=(self.n_vocab,))
+            rows[i] = self._llm.logits_row(i, context)
         return rows
 
     def counters(self) -> Stats:

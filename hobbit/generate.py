@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import Cancelled, HobbitError, UsageError
+from .grammars import check_counts, check_depth
+from .harmony import Tagged
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -36,13 +38,15 @@ _FORCED = 1e9
 class Prompt:
     """What to answer; `chat` applies the model's chat template, which it must have.
 
-    `tokens` are the prompt as the model takes it, in place of all else.
+    `tokens` are the prompt as the model takes it, in place of all else. `channels`: the answer will
+    have channels (see harmony.py), and is told with <think> tags in their place.
     """
 
     text: str = ""
     system: str = ""
     chat: bool = False
     tokens: tuple[int, ...] = ()
+    channels: bool = False
 
     def messages(self) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -179,7 +183,8 @@ def _next_piece(run: _Run, on_tick: Callable[[], None] | None) -> str | None:
 
 def _work(run: _Run, llm: Llama, prompt: Prompt, arguments: dict[str, Any]) -> None:
     try:
-        for piece, reason in _pieces(llm, prompt, arguments):
+        pieces = _pieces(llm, prompt, arguments)
+        for piece, reason in _tagged(llm, pieces) if prompt.channels else pieces:
             if run.stop.is_set():
                 break
             if run.prompt_only:
@@ -211,6 +216,15 @@ def _pieces(
         choice = chunk["choices"][0]
         text = choice["delta"].get("content") if chat else choice["text"]
         yield text or "", choice["finish_reason"]
+
+
+def _tagged(
+    llm: Llama, pieces: Iterator[tuple[str, str | None]]
+) -> Iterator[tuple[str, str | None]]:
+    told = Tagged()
+    with llm.telling_control():
+        for piece, reason in pieces:
+            yield told.feed(piece) + (told.finish() if reason else ""), reason
 
 
 def _arguments(llm: Llama, sampling: Sampling) -> dict[str, Any]:
@@ -252,6 +266,7 @@ def parsed_grammar(text: str, json_schema: str = "") -> str:
 def _schema_grammar(schema: str) -> str:
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
+    check_counts(schema)
     try:
         return str(json_schema_to_gbnf(schema))
     except json.JSONDecodeError as exc:
@@ -272,6 +287,7 @@ def _check_grammar(text: str, vocab: Any = None) -> None:
     from llama_cpp import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr
 
+    check_depth(text)
     with suppress_stdout_stderr(disable=False):
         sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), b"root")
     if sampler:

@@ -9,11 +9,11 @@ import math
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .errors import ModelError, UnsupportedModelError
+from .errors import ModelError, UnsupportedModelError, UsageError
 from .gguf_file import GGML_TYPES, GGUF, VERSION, Tensor, padded
 
 # The exact names: `.bias` and `.scale` tensors of experts are small and stay with the CPU, and
@@ -98,19 +98,50 @@ class Extent:
 
 @dataclass(frozen=True)
 class Layout:
-    """The division of a model, and the virtual file whose extents cover it without gaps."""
+    """The division of a model, and the virtual file whose extents cover it without gaps.
+
+    A token uses `n_expert_used` experts of a layer; the model's own number is `own_expert_used`.
+    """
 
     gguf: GGUF
     groups: tuple[ExpertGroup, ...]
     n_expert_used: int
+    own_expert_used: int
     resident: tuple[tuple[str, str], ...]
     extents: tuple[Extent, ...]
     overrides: tuple[str, ...]
     low: LowCopies | None = None
 
     @property
+    def other_number(self) -> str:
+        """Say that a token uses another number of experts than is the model's own; "" if not."""
+        if self.n_expert_used == self.own_expert_used:
+            return ""
+        return f"{_experts(self.n_expert_used)} instead of {self.own_expert_used}"
+
+    @property
+    def kv_overrides(self) -> dict[str, int]:
+        """What llama.cpp has to be told for it, as the argument of llama_cpp.Llama."""
+        return {used_key(self.gguf): self.n_expert_used} if self.other_number else {}
+
+    @property
     def streamed(self) -> frozenset[str]:
         return frozenset(matrix.name for group in self.groups for matrix in group.matrices)
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Names of what experts are computed with besides: the biases and scales of what streams.
+
+        On another device than they are, these would tear a layer's experts apart.
+        """
+        stems = {name.removesuffix("weight") for name in self.streamed}
+        names = (f"{stem}{kind}" for stem in sorted(stems) for kind in ("bias", "scale"))
+        return tuple(name for name in names if name in self.gguf.tensors)
+
+    @property
+    def companion_overrides(self) -> tuple[str, ...]:
+        """Patterns that match exactly the companions."""
+        return _overrides(self.gguf, self.companions)
 
     @property
     def expert_bytes(self) -> int:
@@ -144,11 +175,55 @@ def is_nested(gguf: GGUF) -> bool:
     return version is not None
 
 
-def build_layout(gguf: GGUF) -> Layout:
-    """Divide a model into what streams and what stays."""
-    if is_nested(gguf):
-        return _nested_layout(gguf)
-    return _layout(gguf, whole=len(gguf.parts) == 1)
+def build_layout(gguf: GGUF, n_expert_used: int | None = None) -> Layout:
+    """Divide a model into what streams and what stays.
+
+    A token uses `n_expert_used` experts of a layer, or as many as the model says. Raises UsageError
+    for a number that the model cannot have.
+    """
+    whole = len(gguf.parts) == 1
+    layout = _nested_layout(gguf) if is_nested(gguf) else _layout(gguf, whole=whole)
+    return layout if n_expert_used is None else _using(layout, n_expert_used)
+
+
+def used_key(gguf: GGUF) -> str:
+    """Name the metadata that says how many experts a token uses."""
+    return f"{gguf.arch}.expert_used_count"
+
+
+def _using(layout: Layout, count: int) -> Layout:
+    """Return the layout of a model of which llama.cpp is told another number of experts."""
+    gguf, key = layout.gguf, used_key(layout.gguf)
+    path, asked = gguf.parts[0].path, f"{_experts(count)} a token"
+    if not layout.groups:
+        raise UsageError(f"{asked}: {path} has no experts that stream")
+    entry = gguf.entries.get(key)
+    if entry is None or not isinstance(entry.value, int):
+        # llama.cpp does not override a list.
+        raise UsageError(f"{asked}: {path} has a number of its own for each layer")
+    most, why = _most_used(layout)
+    if not 1 <= count <= most:
+        raise UsageError(f"{asked}: must be from 1 to {most}, {why} of {path}")
+    changed = gguf.entries | {key: replace(entry, value=count)}
+    return replace(layout, gguf=replace(gguf, entries=changed), n_expert_used=count)
+
+
+def _experts(count: int) -> str:
+    return f"{count} {'expert' if count == 1 else 'experts'}"
+
+
+def _most_used(layout: Layout) -> tuple[int, str]:
+    """Return how many experts of a layer a token can use, and what that is."""
+    gguf = layout.gguf
+    most = min(group.n_expert for group in layout.groups)
+    groups = gguf.get(f"{gguf.arch}.expert_group_count", 0)
+    used = gguf.get(f"{gguf.arch}.expert_group_used_count", 0)
+    if isinstance(groups, int) and isinstance(used, int) and 0 < used < groups:
+        # From the others llama.cpp would take any, whatever the router thinks of them.
+        within = gguf.get(f"{gguf.arch}.expert_count", 0) // groups * used
+        if within < most:
+            return within, f"the experts of the {used} groups that a token chooses"
+    return most, "the experts of a layer"
 
 
 def _nested_layout(gguf: GGUF) -> Layout:
@@ -188,10 +263,12 @@ def _layout(gguf: GGUF, whole: bool) -> Layout:
     groups, resident = _find_groups(gguf)
     streamed = {matrix.name for group in groups for matrix in group.matrices}
     extents = _one_file(gguf, streamed) if whole else _merged(gguf, streamed)
+    used = _n_expert_used(gguf) if groups else 0
     return Layout(
         gguf=gguf,
         groups=groups,
-        n_expert_used=_n_expert_used(gguf) if groups else 0,
+        n_expert_used=used,
+        own_expert_used=used,
         resident=resident,
         extents=tuple(extents),
         overrides=_overrides(gguf, streamed),
@@ -199,7 +276,7 @@ def _layout(gguf: GGUF, whole: bool) -> Layout:
 
 
 def _n_expert_used(gguf: GGUF) -> int:
-    used = gguf.get(f"{gguf.arch}.expert_used_count", 0)
+    used = gguf.get(used_key(gguf), 0)
     counts = used if isinstance(used, list) else [used]
     return max((count for count in counts if isinstance(count, int)), default=0)
 
@@ -349,22 +426,22 @@ def tensor_info(tensor: Tensor, position: int) -> bytes:
     )
 
 
-def _overrides(gguf: GGUF, streamed: set[str]) -> tuple[str, ...]:
-    """Return patterns that match exactly the streamed names.
+def _overrides(gguf: GGUF, names: Collection[str]) -> tuple[str, ...]:
+    """Return patterns that match exactly these names of tensors of layers.
 
     llama.cpp searches for a pattern anywhere in a name, so it is anchored, and compiles it anew for
     every tensor, so it is short where the file allows.
     """
-    if not streamed:
+    if not names:
         return ()
-    tails = {name.split(".")[2] for name in streamed}
-    short = rf"^blk\.[0-9]+\.({'|'.join(sorted(tails))})\.weight$"
-    if streamed == {name for name in gguf.tensors if re.search(short, name)}:
+    tails = {name.split(".", 2)[2] for name in names}
+    short = rf"^blk\.[0-9]+\.({'|'.join(re.escape(tail) for tail in sorted(tails))})$"
+    if {*names} == {name for name in gguf.tensors if re.search(short, name)}:
         return (short,)
     layers: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(streamed):
-        _, layer, tail, _ = name.split(".")
+    for name in sorted(names):
+        _, layer, tail = name.split(".", 2)
         layers[tail].append(layer)
     return tuple(
-        rf"^blk\.({'|'.join(numbers)})\.{tail}\.weight$" for tail, numbers in layers.items()
+        rf"^blk\.({'|'.join(numbers)})\.{re.escape(tail)}$" for tail, numbers in layers.items()
     )

@@ -20,7 +20,7 @@ def row_lines(rows: Sequence[Row], now: float | None = None) -> list[str]:
     """Return a table of the models that are here."""
     titles = ["NAME", "SIZE", "QUANT", "ARCH", "EXPERTS", "LOW-BIT", "MODIFIED", "SOURCE"]
     now = time.time() if now is None else now
-    return _table(
+    return table(
         titles,
         [
             [
@@ -46,7 +46,7 @@ def known_lines(models: Sequence[Known], sizes: Mapping[str, int]) -> list[str]:
         size = format_size(sizes[known.name]) if known.name in sizes else "-"
         quant = known.quants[0] if known.quants else "-"
         rows.append([known.name, total, quant, size, known.licence, known.summary])
-    return _table(["NAME", "PARAMS", "QUANT", "SIZE", "LICENCE", "WHAT IT IS"], rows)
+    return table(["NAME", "PARAMS", "QUANT", "SIZE", "LICENCE", "WHAT IT IS"], rows)
 
 
 def fact_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -126,7 +126,8 @@ def _age(seconds: float) -> str:
     return "today"
 
 
-def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
+def table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """Return rows in columns as wide as their widest cells."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

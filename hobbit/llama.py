@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import inspect
 import json
@@ -10,14 +11,17 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import llama_cpp
 import llama_cpp._internals as upstream_internals
+import llama_cpp.llama as upstream_llama
 import llama_cpp.llama_cpp as upstream_api
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +29,12 @@ import numpy.typing as npt
 from . import _log, batches, usage
 from ._native import CancelFlag
 from .arena import Arena, plan_arena, resolve_vram
+from .attempt import check_graph
 from .cpus import has_amx
-from .devices import Device, connect
+from .devices import Device, connect, dispatch_number
 from .errors import (
     Cancelled,
+    DeviceError,
     HobbitError,
     ModelError,
     PlanError,
@@ -36,17 +42,27 @@ from .errors import (
     UsageError,
 )
 from .fingerprint import fingerprint
-from .gguf_file import open_gguf
-from .layout import Layout, build_layout
+from .gguf_file import GGUF, open_gguf
+from .guarded import Guarded
+from .layout import Layout, build_layout, used_key
 from .memory import Cap, Line, MemoryPlan, SlotBytes, plan, resolve_cap, total_memory
-from .planning.parts import PROCESS_GROWTH, batch_bytes, output_bytes, process_line, scratch_bytes
+from .mix import mix_for
+from .offload import Offloaded, bytes_on
+from .planning.parts import (
+    PROCESS_GROWTH,
+    batch_bytes,
+    output_bytes,
+    process_line,
+    router_bytes,
+    scratch_bytes,
+)
 from .policy import DEFAULT, Policy, parse_policy
 from .prediction import Prediction, parse_prediction
 from .quality import EXACT_NAME, Quality, choose, low_copies
 from .rule import ALL_LOW, EXACT, Rule
 from .schedule import read_note
 from .sizes import format_size, parse_size
-from .stats import Stats
+from .stats import LayerLookUps, Stats
 from .streamed import (
     PREDICTORS,
     ContextMemory,
@@ -57,6 +73,7 @@ from .streamed import (
     measure,
 )
 
+T = TypeVar("T")
 ResidentLow = Literal["auto", "on", "off"]
 
 # Arguments that llama-cpp-python once had; scripts still pass them.
@@ -92,7 +109,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     the CPU computes others.
     vram: how much of the device's memory they get: "4G", bytes, or "auto", most of what is free.
     rpc: HOST:PORT of a llama.cpp RPC server, whose first device is the default for `device`.
-    upload: what is copied to the device at most for each token that is processed.
+    dispatch: who computes an expert: "auto", by what it costs; "device", which gets a copy of what
+    it does not have; "cpu"; or "split", the device what is there and the CPU the rest.
+    upload: what is copied to the device at most for each token that is processed, but for what is
+    copied to be computed at once.
+    n_expert_used: experts of a layer that a token uses, in place of the model's own number; what
+    `kv_overrides` say of it means the same. With another number nothing is exact, and quality may
+    only be "exact" or a rule, which are then called after it.
     on_plan: called with the memory plan before anything of it is allocated.
 
     A model without experts runs as in llama_cpp, with `plan.mode` "resident". One generation at a
@@ -118,19 +141,27 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         device: str | None = None,
         vram: str | int = "auto",
         rpc: str | None = None,
+        dispatch: str = "auto",
         upload: str | int = "16MiB",
+        n_expert_used: int | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
         verbose: bool = False,
         **arguments: Any,
     ) -> None:
         self._streamed: StreamedModel | None = None
+        self._is_abandoned = False
+        # Of a load, which cannot be cancelled: a server that hangs would be waited for.
+        self._progress: Callable[[], int] | None = None
         self._cancelled = CancelFlag()
         self._counted = Stats()
+        self._tells_control = False
         self._sequences: set[int] = set()  # that `decode` saw and that did not end
         self.on_progress: Callable[[int, int], None] | None = None
-        self._fingerprint = ""  # known with a warm start
-        self._measured = ContextMemory(0, 0, 0)
+        self._warmed = False
+        self._measured = ContextMemory()
         self._arena: Arena | None = None
+        self._device: Device | None = None
+        self._guard: Guarded | None = None  # where devices have layers of llama.cpp's
         self._process_bytes = 0  # before anything was loaded; known with the first plan
         self._own_arguments: dict[str, Any] = {
             "memory": memory,
@@ -148,7 +179,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             "device": device,
             "vram": vram,
             "rpc": rpc,
+            "dispatch": dispatch,
             "upload": upload,
+            "n_expert_used": n_expert_used,
         }
         arguments = _known(arguments)
         self._batch_arguments = [
@@ -160,9 +193,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise UsageError(f"resident_low is {resident_low!r}: use auto, on or off")
         if vram != "auto" and device is None and rpc is None:
             raise UsageError(f"vram {vram} of what device? Name one with device, or a server (rpc)")
+        dispatch_number(dispatch)
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
         self.prediction = parse_prediction(predict) if isinstance(predict, str) else predict
-        layout = build_layout(open_gguf(Path(model_path)))
+        gguf = open_gguf(Path(model_path))
+        layout = build_layout(gguf, _expert_number(gguf, n_expert_used, arguments))
+        self._plain_arguments = arguments
+        if layout.other_number:
+            arguments["kv_overrides"] = (arguments.get("kv_overrides") or {}) | layout.kv_overrides
         self._asked_quality = _chosen(layout, self._own_arguments)
         self.quality: Quality = self._asked_quality
         # A nested copy cannot be without its low copies.
@@ -180,6 +218,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             if isinstance(error, ValueError) and not isinstance(error, HobbitError):
                 raise UnsupportedModelError(f"{model_path}: {error}") from error
             raise
+        self._fill_context()
+
+    def _fill_context(self) -> None:
+        """Make room for as many tokens as llama.cpp does: it rounds n_ctx up."""
+        rows = self.n_ctx()
+        if rows > self.context_params.n_ctx:  # what it was asked for, and parent's arrays have
+            self.input_ids: npt.NDArray[np.intc] = np.ndarray((rows,), dtype=np.intc)
+            if self._logits_all:
+                self.scores: npt.NDArray[np.single] = np.ndarray((rows, self.n_vocab()), np.single)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the model from others: see `hobbit.fingerprint`."""
+        return fingerprint(self.layout.gguf)
 
     @property
     def stats(self) -> Stats:
@@ -215,7 +267,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "predictor": PREDICTORS[c.predictor],
                 "device_hits": c.device_hits,
                 "device_pairs": c.device_pairs,
+                "device_low_pairs": c.device_low_pairs,
                 "device_bytes": c.device_bytes,
+                "device_brought": c.device_brought,
+                "split_s": c.split_ns * 1e-9,
+                "split_cpu_s": c.split_cpu_ns * 1e-9,
+                "split_device_s": c.split_device_ns * 1e-9,
+                "split_longer_s": c.split_longer_ns * 1e-9,
+                "break_even_tokens": c.break_even_pairs,
                 "device_s": c.device_ns * 1e-9,
                 "device_wait_s": c.device_wait_ns * 1e-9,
                 "stall_s": c.stall_ns * 1e-9,
@@ -226,6 +285,21 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "cache_bytes": c.cache_bytes,
             }
         return Stats(**fields)
+
+    @property
+    def arena(self) -> Arena | None:
+        """What a device has of the experts; None without one."""
+        return self._arena
+
+    @property
+    def offloaded(self) -> tuple[Offloaded, ...]:
+        """What llama.cpp's layers (n_gpu_layers) take of devices' own memory."""
+        return self._measured.offloaded
+
+    @property
+    def look_ups(self) -> list[LayerLookUps]:
+        """The hits and misses of `stats` by layer; none where nothing streams."""
+        return self._streamed.look_ups() if self._streamed is not None else []
 
     @property
     def rule(self) -> Rule:
@@ -239,7 +313,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if rule.is_exact and self.plan.low_is_resident:
             raise UsageError("with resident low copies nothing is exact: load the model without")
         self._moe().set_rule(rule)
-        self.quality = self._asked_quality = Quality("rule", rule, self.layout.low)
+        quality = Quality("rule", rule, self.layout.low).of(self.layout)
+        self.quality = self._asked_quality = quality
 
     def takes_quality(self, quality: Quality) -> bool:
         """Whether `set_quality` can put it in force: with the cache that there is."""
@@ -256,6 +331,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if not isinstance(quality, Quality):
             deterministic = self._own_arguments["deterministic"]
             quality = choose(self.layout, quality, deterministic=deterministic)
+        quality = quality.of(self.layout)
         if not self.takes_quality(quality):
             raise UsageError(f"quality {quality.name} needs the model to be loaded with it")
         settled = self._settled(quality.at(self.plan.cached_share))
@@ -283,6 +359,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         Raises PlanError, and changes nothing, where the cap is too small; so does a model that
         does not stream, all of which is in memory.
         """
+        self._check_not_lost()
         before = self._cap, self.plan, self.quality, self._own_arguments
         self._own_arguments = self._own_arguments | {"memory": memory, "cache_bytes": None}
         try:
@@ -297,6 +374,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             uses = self._streamed.usage()
             everything = self.plan.mode == "resident-experts"
             self._streamed.warm(usage.order(uses, everything=everything))
+
+    def set_dispatch(self, dispatch: str) -> None:
+        """Change who computes an expert, from the next layer on; the model has a device."""
+        self._check_not_lost()
+        if self._arena is None or self._streamed is None:
+            raise UsageError("the model has no device: name one with device, or a server (rpc)")
+        self._streamed.set_dispatch(dispatch)
+        self._own_arguments["dispatch"] = dispatch
+
+    @property
+    def dispatch(self) -> str | None:
+        """Who computes an expert; None without a device."""
+        return self._own_arguments["dispatch"] if self._arena is not None else None
 
     def forget(self) -> None:
         """Drop every cached expert."""
@@ -315,7 +405,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         The same tokens in the same batches then give the same logits, whatever is cached. Raises
         ModelError for a recording of another model; what departs from it fails as a ReadError.
         """
-        recorded = read_note(path)
+        # Recordings of before were all made with the model's own number.
+        recorded = {"n_expert_used": self.layout.own_expert_used} | read_note(path)
         for name, value in self._identity().items():
             if recorded.get(name) != value:
                 raise ModelError(
@@ -336,7 +427,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         note = self._identity() | {
             "name": str(gguf.get("general.name", gguf.parts[0].path.name)),
             "architecture": gguf.arch,
-            "n_expert_used": self.layout.n_expert_used,
+            "own_expert_used": self.layout.own_expert_used,
             "rule": asdict(self.rule),
             "low_is_resident": self.plan.low_is_resident,
             "nested": any(m.plane_bytes for g in self.layout.groups for m in g.matrices),
@@ -349,8 +440,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """What a precision schedule is of."""
         low = self.layout.low.gguf if self.layout.low else None
         return {
-            "model": fingerprint(self.layout.gguf),
+            "model": self.fingerprint,
             "low": fingerprint(low) if low else None,
+            "n_expert_used": self.layout.n_expert_used,
             "n_batch": self.context_params.n_batch,
             "n_ubatch": self.context_params.n_ubatch,
             "renormalise": self.rule.renormalise,
@@ -370,9 +462,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return self._moe().collect()
 
     def _moe(self) -> StreamedModel:
+        self._check_not_lost()
         if self._streamed is None:
             raise HobbitError("the model has no experts that stream, or is closed")
         return self._streamed
+
+    @contextmanager
+    def telling_control(self) -> Iterator[None]:
+        """While it lasts, the texts of control tokens are part of what is generated."""
+        self._tells_control = True
+        try:
+            yield
+        finally:
+            self._tells_control = False
+
+    def detokenize(
+        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
+    ) -> bytes:
+        """Return the bytes of tokens; see llama_cpp.Llama.detokenize."""
+        text: bytes = super().detokenize(tokens, prev_tokens, special or self._tells_control)
+        return text
 
     def cancel(self, on: bool = True) -> None:
         """Stop the running evaluation, or else the next, within a layer: it raises Cancelled.
@@ -389,6 +498,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """
         if self._ctx.ctx is None:
             raise HobbitError("the model is closed")
+        self._check_not_lost()
         before = self.n_tokens
         if before == 0 and self._streamed is not None:
             self._streamed.new_sequence()
@@ -399,7 +509,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 if is_prompt and self.on_progress is not None:
                     self._eval_prompt(tokens, self.on_progress)
                 else:
-                    super().eval(tokens)
+                    self._eval_batch(tokens)
         finally:
             seconds, done = time.perf_counter() - start, self.n_tokens - before
             new = (
@@ -416,8 +526,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             batch = tokens[start : start + n_batch]
             for at in range(0, len(batch), n_ubatch):
                 on_progress(start + at, len(tokens))
-                super().eval(batch[at : at + n_ubatch])
+                self._eval_batch(batch[at : at + n_ubatch])
         on_progress(len(tokens), len(tokens))
+
+    def _eval_batch(self, tokens: Sequence[int]) -> None:
+        if self._guard is None:
+            super().eval(tokens)
+            return
+
+        def evaluate() -> None:
+            llama_cpp.Llama.eval(self, tokens)
+            upstream_api.llama_synchronize(self._ctx.ctx)  # not when somebody asks for logits
+
+        self._guard.call(evaluate, cancels=True)
 
     def decode(self, batch: Any, context: Any = None) -> None:
         """Call llama_decode on a llama_batch, whose tokens may be of several sequences.
@@ -432,6 +553,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """
         if self._ctx.ctx is None:
             raise HobbitError("the model is closed")
+        self._check_not_lost()
         context = self._ctx.ctx if context is None else context
         rows = _checked_rows(batch, context)
         present = {row.sequence for row in rows}
@@ -441,7 +563,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         start = time.perf_counter()
         with self.translated_errors(), self._telling(rows, context):
             with _log.captured(self.verbose) as said:
-                status = upstream_api.llama_decode(context, batch)
+                status = self.decode_batch(context, batch)
             if status not in (0, 1, -1):
                 raise RuntimeError(f"llama_decode returned {status}")
         if status == 1:
@@ -456,12 +578,34 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             new = Stats(tokens_prompt=len(rows), prompt_s=seconds)
         self._counted = self._counted.plus(new)
 
+    def decode_batch(self, context: Any, batch: Any) -> int:
+        """Return what llama_decode does, when devices are done with it too."""
+
+        def call() -> int:
+            status = int(upstream_api.llama_decode(context, batch))
+            if self._guard is not None:
+                upstream_api.llama_synchronize(context)
+            return status
+
+        return self.guarded(call, cancels=True)
+
+    def logits_row(self, index: int, context: Any = None) -> npt.NDArray[np.float32]:
+        """Return the logits [n_vocab] of row `index` of what was decoded last; llama.cpp's own."""
+        context = self._ctx.ctx if context is None else context
+        row = self.guarded(lambda: upstream_api.llama_get_logits_ith(context, index))
+        return np.ctypeslib.as_array(row, shape=(self.n_vocab(),))
+
+    def sample(self, *arguments: Any, **named: Any) -> int:
+        """See llama_cpp.Llama.sample."""
+        return self.guarded(lambda: int(llama_cpp.Llama.sample(self, *arguments, **named)))
+
     def end_sequence(self, seq_id: int) -> None:
         """What `decode` saw of this sequence shall no longer count for what is cached.
 
         Its tokens stay in the KV cache: those are the caller's. Raises UsageError for a sequence
         that is not decoding.
         """
+        self._check_not_lost()
         if seq_id not in self._sequences:
             raise UsageError(f"sequence {seq_id} cannot end: nothing of it was decoded")
         self._sequences.remove(seq_id)
@@ -502,15 +646,51 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def embed(self, *arguments: Any, **named: Any) -> Any:
         """See llama_cpp.Llama.embed."""
         with self.translated_errors():
-            return super().embed(*arguments, **named)
+            return self.guarded(
+                lambda: llama_cpp.Llama.embed(self, *arguments, **named), cancels=True
+            )
+
+    def reset(self) -> None:
+        """See llama_cpp.Llama.reset."""
+        self.guarded(lambda: llama_cpp.Llama.reset(self))
+
+    def save_state(self) -> Any:
+        """See llama_cpp.Llama.save_state."""
+        return self.guarded(lambda: llama_cpp.Llama.save_state(self))
+
+    def load_state(self, state: Any) -> None:
+        """See llama_cpp.Llama.load_state."""
+        self.guarded(lambda: llama_cpp.Llama.load_state(self, state))
 
     def close(self) -> None:
         """Free the model, its cache and its threads; harmless when done already."""
         stack = getattr(self, "_stack", None)
-        if stack is not None:
-            self._remember_usage()
-            stack.close()
-        self._streamed = None
+        if stack is None or self._is_abandoned:
+            return
+        try:
+            self.guarded(self._remember_usage)  # a lost thread may have the model's lock
+            self.guarded(stack.close)
+        except DeviceError:
+            self._abandon()
+            return
+        if self._guard is not None:
+            self._guard.close()
+        if self._device is not None:
+            self._device.close()
+        self._guard = self._device = self._streamed = None
+
+    def _abandon(self) -> None:
+        """Free only the experts, as the lost thread may use the rest: also when Python ends.
+
+        It may come back, and use what it finds here: so that stays what it is, but belongs to
+        nobody who would free it. The guard stays too: whatever is asked of it raises.
+        """
+        self._is_abandoned = True
+        if self._streamed is not None:
+            self._streamed.abandon()
+        owners = [getattr(self, name, None) for name in ("_ctx", "_model")]
+        stacks = [self._stack, *(owner._exit_stack for owner in owners if owner is not None)]
+        _abandoned.append((self, [stack.pop_all() for stack in stacks]))
 
     def __enter__(self) -> Llama:
         return self
@@ -536,7 +716,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         finally:
             self._cancelled.set(False)
         why = self._streamed.take_error() if self._streamed else None
-        if why is not None:
+        if why is not None and not isinstance(failure, DeviceError):
             raise why from failure
         if failure is not None and str(failure) == _LLAMA_DECODE_ABORTED:
             raise Cancelled("cancelled") from failure
@@ -547,42 +727,96 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """In place of llama_model_load_from_file: plan, then load."""
         if not self.layout.groups or params.vocab_only:
             return self._load_resident(params)
+        self._check_graph()
         own = self._own_arguments
         device = self._open_device()
+        if params.n_gpu_layers != 0:
+            self._use_for_layers(device, params)
         streamed = StreamedModel(self.layout, self._cancelled, own["io"], own["io_threads"])
         self._stack.callback(streamed.close)
         self._streamed = streamed
-        self._measured = measure(streamed.load, params, self._context_params())
-        self._arena = self._plan_arena(device) if device else None
+        if device is not None and device.is_remote:
+            self._progress = streamed.dense_bytes
+        self._measured = self.guarded(
+            lambda: measure(streamed.load, params, self._context_params()), progress=self._progress
+        )
+        if device is not None:
+            self._arena = self._plan_arena(device, streamed.slot_bytes())
         self._make_plan(streamed.slot_bytes())
         self._fill_plan(streamed)
         if device is not None and self._arena is not None:
-            streamed.use_device(device, self._arena)
+            threads = self.context_params.n_threads
+            streamed.use_device(device, self._arena, own["dispatch"], threads)
             streamed.set_policy(self.policy)  # there too
         streamed.set_prediction(self.prediction)
-        model = streamed.load(params, self.verbose)
+        model = self.guarded(lambda: streamed.load(params, self.verbose), progress=self._progress)
         if own["warm_start"]:
             self._warm(streamed)
         return model
 
+    def _check_graph(self) -> None:
+        check_graph(self.layout, self._plain_arguments)
+
     def _open_device(self) -> Device | None:
-        """Open the device that is asked for; it closes with the model."""
+        """Open the device that is asked for; it closes after the model."""
         own = self._own_arguments
-        name = connect(own["rpc"]) if own["rpc"] else None
-        name = own["device"] or name
+        name = own["device"]
+        if own["rpc"]:
+            name = connect(own["rpc"], name)
         if name is None:
             return None
-        device = Device(name, self.context_params.n_threads)
-        self._stack.callback(device.close)
-        return device
+        self._device = Device(name, self.context_params.n_threads)
+        return self._device
 
-    def _plan_arena(self, device: Device) -> Arena:
+    def _use_for_layers(self, device: Device | None, params: Any) -> None:
+        """Have llama.cpp put its layers on the device, if it is one for that; else on any GPU."""
+        if device is not None:
+            params.devices = device.for_layers
+        if llama_cpp.llama_supports_gpu_offload() if device is None else device.takes_layers:
+            self._guard = Guarded(device, self._cancelled)
+            _guarded.add(self)
+
+    def guarded(
+        self,
+        call: Callable[[], T],
+        *,
+        cancels: bool = False,
+        progress: Callable[[], int] | None = None,
+    ) -> T:
+        """Call what may need a device that has layers of llama.cpp's.
+
+        Raises DeviceError where such a device was lost, and ever after. Ctrl-C is raised after the
+        call, which ends early if it `cancels`. The device is lost when `progress` stops.
+        """
+        if self._guard is None:
+            return call()
+        return self._guard.call(call, cancels=cancels, progress=progress)
+
+    def _check_not_lost(self) -> None:
+        """Raise DeviceError where a device was lost: the thread that is, may have the locks."""
+        if self._guard is not None:
+            self._guard.check()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it can do nothing any more, as a device was lost that had layers (-ngl)."""
+        return self._guard is not None and self._guard.is_lost
+
+    def _plan_arena(self, device: Device, slot_bytes: Sequence[SlotBytes]) -> Arena:
         own = self._own_arguments
         upload = own["upload"]
         token_bytes = parse_size(upload) if isinstance(upload, str) else upload
-        vram = resolve_vram(own["vram"], device.info)
+        taken = bytes_on(device.info.name, self._measured.offloaded)
+        vram = resolve_vram(own["vram"], device.info, taken)
         batch = batch_bytes(self.layout, self._context_params().n_ubatch)
-        return plan_arena(self.layout, device.info, vram, batch, token_bytes)
+        arena = plan_arena(self.layout, device.info, vram, batch, token_bytes)
+        if self.layout.low is None:
+            return arena
+        # Which rule will be in force depends on the plan, and little of that on the arena's slots.
+        self._arena = arena
+        self._divide(slot_bytes)
+        mix = mix_for(self.layout, self._settled(self.quality))
+        return plan_arena(self.layout, device.info, vram, batch, token_bytes, mix)
 
     def _fill_plan(self, streamed: StreamedModel) -> None:
         """Make the expert cache of the plan, with its policy and the rule that fits it."""
@@ -608,20 +842,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _warm(self, streamed: StreamedModel) -> None:
         """Start to read what earlier runs used most; all experts where there is room for all."""
-        self._fingerprint = fingerprint(self.layout.gguf)
-        if (maps := usage.maps_path(self._fingerprint)) is not None:
+        self._warmed = True
+        if (maps := usage.maps_path(self.fingerprint)) is not None:
             with suppress(HobbitError):  # none yet, or of another size: they will be replaced
-                streamed.load_maps(str(maps), self._fingerprint)
-        uses = usage.load(self._fingerprint, len(streamed.usage()))
+                streamed.load_maps(str(maps), self.fingerprint)
+        uses = usage.load(self.fingerprint, len(streamed.usage()))
         streamed.warm(usage.order(uses, everything=self.plan.mode == "resident-experts"))
 
     def _remember_usage(self) -> None:
-        if self._streamed is None or not self._fingerprint:
+        if self._streamed is None or not self._warmed:
             return
-        usage.save(self._fingerprint, self._streamed.usage())
-        if (maps := usage.maps_path(self._fingerprint)) is not None:
+        usage.save(self.fingerprint, self._streamed.usage())
+        if (maps := usage.maps_path(self.fingerprint)) is not None:
             with suppress(HobbitError):  # the disk is full: no harm done
-                self._streamed.save_maps(str(maps), self._fingerprint)
+                self._streamed.save_maps(str(maps), self.fingerprint)
 
     def _load_resident(self, params: Any) -> int:
         if self._own_arguments["device"] or self._own_arguments["rpc"]:
@@ -642,9 +876,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         )
 
     def _make_plan(self, slot_bytes: Sequence[SlotBytes]) -> None:
+        self._divide(slot_bytes)
+        if self._on_plan is not None:
+            self._on_plan(self.plan)
+
+    def _divide(self, slot_bytes: Sequence[SlotBytes]) -> None:
+        """Plan, and settle on the quality that the plan has room for."""
         cache = self._own_arguments["cache_bytes"]
         # What there is before the model is, whenever the plan is made.
-        self._process_bytes = self._process_bytes or _resident_bytes() + PROCESS_GROWTH
+        self._process_bytes = self._process_bytes or resident_bytes() + PROCESS_GROWTH
         process = self._process_bytes
 
         def divide(cap_bytes: int) -> MemoryPlan:
@@ -652,7 +892,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             made = plan(self._cap, self.layout, parts, slot_bytes, cache)
             arena = self._arena
             shown = arena.line if arena and not arena.device.shares_memory else None
-            return replace(made, device=shown)
+            layers = tuple(part.line for part in self._measured.offloaded)
+            return replace(made, device=shown, layers=layers)
 
         try:
             self.plan = divide(self._cap.bytes)
@@ -662,8 +903,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self.quality = self._asked_quality.at(self.plan.cached_share)
         if self._keeps_low():
             self.plan = self.plan.with_resident_low()
-        if self._on_plan is not None:
-            self._on_plan(self.plan)
 
     def _keeps_low(self) -> bool:
         """Whether all low copies are to stay in memory."""
@@ -711,20 +950,35 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _output_bytes(self) -> int:
         params = self._context_params()
-        rows = params.n_batch + params.n_ctx if self._logits_all else 1
+        rounded = -(-params.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP
+        rows = params.n_batch + rounded if self._logits_all else 1
         return output_bytes(self.layout.gguf, rows)
 
     def _scratch_bytes(self) -> int:
         n_ubatch, io_threads = self._context_params().n_ubatch, self._own_arguments["io_threads"]
         more = self._moe().prediction_bytes(self.prediction)
         more += self._arena.staging(self.layout) if self._arena else 0
+        more += router_bytes(self.layout) if self._measured.offloaded else 0
         return scratch_bytes(self.layout, n_ubatch, int(io_threads)) + more
 
 
 _patch_lock = threading.Lock()
+_abandoned: list[Any] = []
+# To be closed before Python ends, which then has no thread to do it with.
+_guarded: weakref.WeakSet[Llama] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_guarded() -> None:
+    for llm in [*_guarded]:
+        llm.close()
+
+
 _load_from_file = upstream_api.llama_model_load_from_file
 _init_from_model = upstream_api.llama_init_from_model
 _suppress_output = upstream_internals.suppress_stdout_stderr
+# llama.cpp rounds n_ctx up to a multiple of it.
+_CONTEXT_STEP = 256
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -748,22 +1002,27 @@ def _patched(llm: Llama) -> Iterator[None]:
         function, data = llm._cancelled.abort_callback()
         params.abort_callback = upstream_api.ggml_abort_callback(function)
         params.abort_callback_data = data
-        return made(
-            lambda: _init_from_model(model, params),
-            f"{llm.model_path}: llama.cpp makes no context",
-            llm.verbose,
+        return llm.guarded(
+            lambda: made(
+                lambda: _init_from_model(model, params),
+                f"{llm.model_path}: llama.cpp makes no context",
+                llm.verbose,
+            ),
+            progress=llm._progress,
         )
 
     with _patch_lock:
         upstream_api.llama_model_load_from_file = load_from_file
         upstream_api.llama_init_from_model = init_from_model
-        upstream_internals.suppress_stdout_stderr = lambda disable: nullcontext()
+        for module in (upstream_internals, upstream_llama):
+            module.suppress_stdout_stderr = lambda disable: nullcontext()
         try:
             yield
         finally:
             upstream_api.llama_model_load_from_file = _load_from_file
             upstream_api.llama_init_from_model = _init_from_model
-            upstream_internals.suppress_stdout_stderr = _suppress_output
+            for module in (upstream_internals, upstream_llama):
+                module.suppress_stdout_stderr = _suppress_output
 
 
 def _is_unified(context: Any) -> bool:
@@ -820,7 +1079,7 @@ def _chosen(layout: Layout, own: dict[str, Any]) -> Quality:
     low = Path(own["low"]) if own["low"] is not None else None
     rule, exact = own["rule"], own["quality"] == EXACT_NAME
     if isinstance(own["quality"], Quality):
-        return own["quality"]
+        return own["quality"].of(layout)
     if rule is None:
         chosen = choose(layout, own["quality"], low, deterministic=own["deterministic"])
         # Named all the same, low copies are there for rules that come later.
@@ -829,7 +1088,19 @@ def _chosen(layout: Layout, own: dict[str, Any]) -> Quality:
         raise UsageError("quality and rule are two ways to say the same: give one")
     rule = replace(rule, deterministic=rule.deterministic or own["deterministic"])
     needed = low is not None or rule.needs_low
-    return Quality("rule", rule, low_copies(layout, low) if needed else None)
+    return Quality("rule", rule, low_copies(layout, low) if needed else None).of(layout)
+
+
+def _expert_number(gguf: GGUF, asked: int | None, arguments: dict[str, Any]) -> int | None:
+    """Return how many experts a token is to use, said in either way; None: as the model says."""
+    key = used_key(gguf)
+    told = (arguments.get("kv_overrides") or {}).get(key, asked)
+    for name, value in (("n_expert_used", asked), (f"kv_overrides: {key}", told)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UsageError(f"{name} is {value!r}: must be a number of experts")
+    if asked not in (None, told):
+        raise UsageError(f"n_expert_used is {asked}, and kv_overrides say {told}: give one")
+    return told
 
 
 def _cap(memory: str | int, cache_bytes: object) -> Cap:
@@ -857,7 +1128,8 @@ def _peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Return what of this process is in memory now."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -103,8 +103,8 @@ def low_path(gguf: GGUF) -> Path:
     The latter where the model's folder is not ours to write in. Any model may have its copy there,
     so the name has a part of the model's fingerprint.
     """
-    beside, cached = _places(gguf)
-    return beside if os.access(beside.parent, os.W_OK) else cached
+    beside = _beside(gguf)
+    return beside if os.access(beside.parent, os.W_OK) else _cached(gguf)
 
 
 def nested_path(gguf: GGUF) -> Path:
@@ -113,15 +113,25 @@ def nested_path(gguf: GGUF) -> Path:
     return low.with_name(low.name.removesuffix(SUFFIX) + NESTED_SUFFIX)
 
 
-def find_low(gguf: GGUF) -> Path | None:
-    """Return the low copy that `hobbit prepare` made of this model, if there is one."""
-    return next((path for path in _places(gguf) if path.is_file()), None)
+def find_low(gguf: GGUF, known: str = "") -> Path | None:
+    """Return the low copy that `hobbit prepare` made of this model, if there is one.
+
+    `known` is the model's fingerprint, where somebody has worked it out already.
+    """
+    beside = _beside(gguf)
+    if beside.is_file():
+        return beside
+    cached = _cached(gguf, known)
+    return cached if cached.is_file() else None
 
 
-def _places(gguf: GGUF) -> tuple[Path, Path]:
-    stem = source_stem(gguf)
-    cached = cache_folder() / f"{stem}-{fingerprint(gguf)[:8]}{SUFFIX}"
-    return gguf.parts[0].path.with_name(f"{stem}{SUFFIX}"), cached
+def _beside(gguf: GGUF) -> Path:
+    return gguf.parts[0].path.with_name(f"{source_stem(gguf)}{SUFFIX}")
+
+
+def _cached(gguf: GGUF, known: str = "") -> Path:
+    own = known or fingerprint(gguf)
+    return cache_folder() / f"{source_stem(gguf)}-{own[:8]}{SUFFIX}"
 
 
 def check_pair(high: Layout, low: GGUF) -> tuple[ExpertGroup, ...]:

@@ -105,6 +105,7 @@ class MemoryPlan:
     token_bytes: int
     low_is_resident: bool = False
     device: Line | None = None  # in memory of its own
+    layers: tuple[Line, ...] = ()  # of llama.cpp's, in memory of devices
 
     @property
     def low_fits(self) -> bool:
@@ -156,11 +157,16 @@ class MemoryPlan:
         experts = sum(pool.experts for pool in self.pools)
         return sum(pool.slots for pool in self.pools) / experts if experts else 1.0
 
+    @property
+    def beside(self) -> list[Line]:
+        """What is in memory of devices, and not part of the cap."""
+        return [*self.layers, *([self.device] if self.device else [])]
+
     def describe(self) -> str:
         """Write the plan as a table of name, size and reason."""
         rows = [*self.lines, Line("spare", self.spare_bytes, "not used")]
         rows.append(Line("cap", self.cap.bytes, self.cap.reason))
-        rows += [self.device] if self.device else []
+        rows += self.beside
         text = [f"{row.name:<9}{format_size(row.bytes):>12}  {row.reason}".rstrip() for row in rows]
         if self.below_cliff:
             text.append(
@@ -183,6 +189,7 @@ class MemoryPlan:
             "token_bytes": self.token_bytes,
             "low_is_resident": self.low_is_resident,
             "device": asdict(self.device) if self.device else None,
+            "layers": [asdict(line) for line in self.layers],
             "below_cliff": self.below_cliff,
             "above_cliff_bytes": self.above_cliff_bytes if self.below_cliff else None,
         }

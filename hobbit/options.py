@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .arena import DISPATCHES
 from .cpus import physical_cores
 from .errors import UsageError
 from .generate import Sampling, parsed_grammar
@@ -17,6 +20,7 @@ from .gguf_file import padded
 from .policy import DEFAULT, parse_policy
 from .prediction import Prediction, parse_prediction
 from .quality import Quality, choose
+from .sizes import parse_size
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -29,10 +33,18 @@ DEFAULT_CONTEXT = 4096
 TASK_CONTEXT = 1024
 # ggml's GGML_MAX_N_THREADS.
 MAX_THREADS = 512
+MAX_IO_THREADS = 256
+# More than any model has; llama.cpp would try for a minute to get the memory.
+MAX_CONTEXT = 2**24
+# llama.cpp takes 32 bits with a sign.
+MAX_BATCH = 2**31 - 1
 # llama.cpp takes 32 bits, of which the largest number means a random seed.
 MAX_SEED = 2**32 - 2
 DEFAULT_POLICY = str(DEFAULT)
 DEFAULT_PREDICTOR = str(Prediction())
+
+# What can follow an answer on stderr: nothing, one line, that and all counters, or a JSON object.
+STATS = ("none", "line", "full", "json")
 
 # The types that llama.cpp accepts for the KV cache, with ggml's numbers.
 KV_TYPES = {
@@ -58,6 +70,7 @@ class Options:
     hf_file: str | None = None
     prompt: str | None = None
     file: Path | None = None
+    escape: bool = False
     system_prompt: str | None = None
     system_prompt_file: Path | None = None
     raw: bool = False
@@ -68,6 +81,8 @@ class Options:
     batch_size: int = 2048
     ubatch_size: int = 512
     gpu_layers: str = "auto"
+    main_gpu: int = 0
+    split_mode: str = "layer"
     flash_attn: str = "auto"
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
@@ -89,6 +104,7 @@ class Options:
     deterministic: bool = False
     low_file: Path | None = None
     resident_low: str = "auto"
+    n_expert_used: int | None = None
     warm_start: bool = True
     record: Path | None = None
     replay: Path | None = None
@@ -100,11 +116,17 @@ class Options:
     device: str | None = None
     vram: str = "auto"
     rpc: str | None = None
+    dispatch: str = "auto"
+    output: Path | None = None
     json_output: bool = False
+    jsonl: bool = False
     no_stream: bool = False
     think: bool | None = None
     hide_thinking: bool = False
     panel: bool = False
+    session: str | None = None
+    continue_last: bool = False
+    stats: str | None = None
     verbose: int = 0
     quiet: bool = False
     color: str = "auto"
@@ -112,23 +134,61 @@ class Options:
     def __post_init__(self) -> None:
         for name in _CHOICES:
             allowed, value = _CHOICES[name], getattr(self, name)
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} {value}: must be one of {', '.join(allowed)}")
-        for flag, count in (("-t", self.threads), ("-tb", self.threads_batch)):
-            if count is not None and count > MAX_THREADS:
-                raise UsageError(f"{flag} {count}: must be at most {MAX_THREADS}")
+        self._check_numbers()
+        if self.hf_file and not self.hf_repo:
+            raise UsageError(f"-hff {self.hf_file}: name the repository that it is in with -hf")
+        if not all(self.reverse_prompt):
+            raise UsageError("-r '': an empty text would stop at once")
+        if self.flash_attn == "off" and _is_quantised(self.cache_type_v):
+            raise UsageError(f"-fa off: -ctv {self.cache_type_v} needs flash attention")
         if self.predict is not None and self.predict < -2:
             raise UsageError(f"-n {self.predict}: must be a number of tokens, or -1 for no limit")
-        if self.vram != "auto" and not self.device and not self.rpc:
-            raise UsageError(f"--vram {self.vram}: name the device, --device, or a server, --rpc")
+        device_arguments(self.device, self.vram, self.rpc, self.dispatch)
         if self.record and self.replay:
             raise UsageError("--record and --replay: a run does one of the two")
+        if self.json_output and self.jsonl:
+            raise UsageError("--json and --jsonl: one object, or a stream of them?")
         if not -1 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: must be -1 (random), or from 0 to {MAX_SEED}")
         _gpu_layers(self.gpu_layers)
         parse_policy(self.policy)
         parse_prediction(self.predictor)
+        self._check_session()
+
+    def _check_session(self) -> None:
+        if self.session is not None and self.continue_last:
+            raise UsageError("--session and --continue: name a session, or go on with the last one")
+        if self.session is not None and not is_session_name(self.session):
+            raise UsageError(
+                f"--session {self.session!r}: must be a plain name: letters, digits, '-', '_' and "
+                f"'.', at most {_LONGEST_NAME} bytes, and begin with a letter, a digit or '_'"
+            )
+        if self.has_session and self.raw:
+            raise UsageError(
+                "--raw has no messages that a session could keep: leave one of the two"
+            )
+        if self.has_session and self.predict == 0:
+            raise UsageError("-n 0 makes no answer that a session could keep: leave one of the two")
+
+    def _check_numbers(self) -> None:
+        most = (
+            ("-t", self.threads, MAX_THREADS),
+            ("-tb", self.threads_batch, MAX_THREADS),
+            ("-c", self.ctx_size, MAX_CONTEXT),
+            ("-b", self.batch_size, MAX_BATCH),
+            ("-ub", self.ubatch_size, MAX_BATCH),
+            ("--io-threads", self.io_threads, MAX_IO_THREADS),
+        )
+        for flag, count, limit in most:
+            if count is not None and count > limit:
+                raise UsageError(f"{flag} {count}: must be at most {limit}")
+        for name in ("temp", "top_p", "min_p", "repeat_penalty", "t1", "t2"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be a number")
 
     @property
     def model_name(self) -> str | None:
@@ -150,11 +210,28 @@ class Options:
         return self.words if self.model or self.hf_repo else self.words[1:]
 
     @property
+    def has_session(self) -> bool:
+        """Whether the conversation is kept: in a session by name, or in the last one."""
+        return self.session is not None or self.continue_last
+
+    @property
     def wants_chat(self) -> bool:
         """Whether nothing speaks against a conversation: no prompt, and nothing for one answer."""
         prompt = self.prompt or self.file or self.prompt_words
-        once = self.json_output or self.record or self.replay or self.predict == 0
+        once = self.json_output or self.jsonl or self.record or self.replay or self.predict == 0
         return not (prompt or once)
+
+    @property
+    def wanted_stats(self) -> str:
+        """What is said of an answer when it is over: one of STATS."""
+        if self.quiet:
+            return "none"
+        return self.stats or ("full" if self.verbose else "line")
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether one answer has nothing on stderr but errors, and what a program reads there."""
+        return self.quiet or (self.wanted_stats == "json" and not self.verbose)
 
     def resolved(self, settings: Sampling) -> dict[str, Any]:
         """Return all settings as plain data, with the values that were chosen in place of None."""
@@ -193,10 +270,15 @@ class EvalOptions:
     memory: str = "auto"
     policy: str = DEFAULT_POLICY
     predictor: str = DEFAULT_PREDICTOR
+    device: str | None = None
+    vram: str = "auto"
+    rpc: str | None = None
+    dispatch: str = "auto"
     json_output: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        self.loading()
         if not self.tokens and not self.tasks:
             raise UsageError("--tokens 0 measures nothing without --tasks")
         if self.ctx_size is not None and self.tokens and self.ctx_size < self.window:
@@ -216,6 +298,10 @@ class EvalOptions:
             memory=self.memory,
             policy=self.policy,
             predictor=self.predictor,
+            device=self.device,
+            vram=self.vram,
+            rpc=self.rpc,
+            dispatch=self.dispatch,
             warm_start=False,
         )
 
@@ -250,6 +336,7 @@ class TraceOptions:
     memory: str = "auto"
     policy: str = DEFAULT_POLICY
     predictor: str = DEFAULT_PREDICTOR
+    n_expert_used: int | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -267,6 +354,7 @@ class TraceOptions:
             memory=self.memory,
             policy=self.policy,
             predictor=self.predictor,
+            n_expert_used=self.n_expert_used,
             warm_start=False,
             batch_size=self.batch,
             ubatch_size=min(self.ubatch, self.batch),
@@ -318,8 +406,13 @@ class PlanOptions:
     memory: str = "auto"
     for_tok_s: float | None = None
     read_gbps: float | None = None
-    vram: str = "0"
+    device: str | None = None
+    vram: str = "auto"
+    rpc: str | None = None
+    gpu_layers: str = "auto"
+    device_gbps: float | None = None
     quality: str = "exact"
+    n_expert_used: int | None = None
     ctx_size: int | None = None
     threads: int | None = None
     ubatch_size: int = 512
@@ -331,18 +424,35 @@ class PlanOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if self.vram not in ("0", "auto"):
-            raise UsageError(f"--vram {self.vram}: experts are computed on the CPU: use 0")
         self.loading()
+        if self.device is None and self.rpc is None:
+            if self.vram not in ("auto", "0"):
+                parse_size(self.vram)  # of a card that is not here
+        else:
+            device_arguments(self.device, self.vram, self.rpc)
 
     def loading(self) -> Options:
         """Return how the model would be loaded, which checks the flags that are shared."""
         return Options(
             model=self.model_name,
             threads=self.threads,
+            ctx_size=self.ctx_size,
+            ubatch_size=self.ubatch_size,
             cache_type_k=self.cache_type_k,
             cache_type_v=self.cache_type_v,
+            gpu_layers=self.gpu_layers,
         )
+
+    @property
+    def there(self) -> dict[str, Any]:
+        """The device that is asked about, as the arguments of `hobbit.plan`."""
+        if self.device is None and self.rpc is None:
+            asked: dict[str, Any] = {"vram": self.vram}
+        else:
+            asked = device_arguments(self.device, self.vram, self.rpc)
+            asked.pop("dispatch", None)
+        layers = _gpu_layers(self.gpu_layers)
+        return asked | {"device_gbps": self.device_gbps, "n_gpu_layers": layers}
 
     @property
     def model_name(self) -> str | None:
@@ -361,21 +471,37 @@ class PlanOptions:
         return KV_TYPES[self.cache_type_v]
 
 
+# With llama.cpp's numbers.
+_SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "split_mode": tuple(_SPLIT_MODES),
     "flash_attn": ("auto", "on", "off"),
     "io": ("auto", "direct", "buffered"),
+    "dispatch": DISPATCHES,
     "color": ("auto", "always", "never"),
+    "stats": STATS,
     "resident_low": ("auto", "on", "off"),
     "cache_type_k": tuple(KV_TYPES),
     "cache_type_v": tuple(KV_TYPES),
 }
 
 
+# A file's name has 255 bytes at most, and there is more in it than this.
+_LONGEST_NAME = 200
+_SESSION_NAME = re.compile(r"\w[\w.-]*")
+
+
+def is_session_name(name: str) -> bool:
+    """Whether a session can have that name: it is also its file's, and never a path."""
+    return bool(_SESSION_NAME.fullmatch(name)) and len(name.encode()) <= _LONGEST_NAME
+
+
 def read_prompt(options: Options, stdin: TextIO | None) -> str:
     """Join what stdin, -f, -p and the command line say, in this order; stdin is not a terminal."""
     parts = [stdin.read() if stdin else ""]
     parts.append(_contents(options.file).removesuffix("\n") if options.file else "")
-    parts += [options.prompt or "", " ".join(options.prompt_words)]
+    typed = [options.prompt or "", " ".join(options.prompt_words)]
+    parts += [_unescaped(text) for text in typed] if options.escape else typed
     prompt = "\n".join(part for part in parts if part)
     if prompt.strip():
         return prompt
@@ -385,6 +511,15 @@ def read_prompt(options: Options, stdin: TextIO | None) -> str:
         f"no prompt: hobbit run {options.model_name or options.hf_repo} 'Why is the sky blue?', "
         "or -p TEXT, -f FILE, or text on stdin"
     )
+
+
+_ESCAPE = re.compile(r"""\\(?:([ntr'"\\])|x([0-9a-fA-F]{2}))""")
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
+
+
+def _unescaped(text: str) -> str:
+    """Replace the escapes that llama.cpp knows."""
+    return _ESCAPE.sub(lambda m: chr(int(m[2], 16)) if m[2] else _ESCAPED.get(m[1], m[1]), text)
 
 
 def system_prompt(options: Options) -> str:
@@ -462,26 +597,53 @@ def model_arguments(options: Options, trained_context: int) -> dict[str, Any]:
         "n_threads": threads,
         "n_threads_batch": batch if batch is not None and batch > 0 else threads,
         "n_gpu_layers": _gpu_layers(options.gpu_layers),
+        "main_gpu": options.main_gpu,
+        "split_mode": _SPLIT_MODES[options.split_mode],
         "memory": options.memory,
         "policy": options.policy,
         "predict": options.predictor,
         "io": options.io,
         "io_threads": options.io_threads,
-        "device": options.device,
-        "vram": options.vram,
-        "rpc": options.rpc,
+        **device_arguments(options.device, options.vram, options.rpc, options.dispatch),
         "resident_low": options.resident_low,
+        "n_expert_used": options.n_expert_used,
         "warm_start": options.warm_start,
         "verbose": options.verbose > 1,
     }
     # llama.cpp needs flash attention for a quantised V cache.
-    quantised = options.cache_type_v not in ("f32", "f16", "bf16")
+    quantised = _is_quantised(options.cache_type_v)
     if options.flash_attn == "on" or (options.flash_attn == "auto" and quantised):
         arguments["flash_attn"] = True
     for name, value in (("type_k", options.cache_type_k), ("type_v", options.cache_type_v)):
         if value != "f16":
             arguments[name] = KV_TYPES[value]
     return arguments
+
+
+def _is_quantised(kind: str) -> bool:
+    return kind not in ("f32", "f16", "bf16")
+
+
+def device_arguments(
+    device: str | None, vram: str, rpc: str | None, dispatch: str = "auto"
+) -> dict[str, Any]:
+    """Return the arguments of `hobbit.Llama` that name a device; none of them for "none"."""
+    named = None if device == "none" else device
+    if named is not None and "," in named:
+        raise UsageError(f"--device {device}: experts go to one device: name one of them")
+    if device == "none" and rpc is not None:
+        raise UsageError("--device none and --rpc: is a device to be used or not?")
+    if named is None and rpc is None:
+        if vram != "auto":
+            raise UsageError(f"--vram {vram}: name the device, --device, or a server, --rpc")
+        if dispatch != "auto":
+            raise UsageError(f"--dispatch {dispatch}: name the device, --device, or --rpc")
+        return {}
+    if vram != "auto":
+        parse_size(vram)
+    if dispatch not in DISPATCHES:
+        raise UsageError(f"--dispatch {dispatch}: must be one of {', '.join(DISPATCHES)}")
+    return {"device": named, "vram": vram, "rpc": rpc, "dispatch": dispatch}
 
 
 def _gpu_layers(text: str) -> int:

@@ -26,21 +26,41 @@ ROOMY = 0.45
 
 @dataclass(frozen=True)
 class Quality:
-    """A rule, what it is called, and the low copies that it needs.
+    """A rule, the mode that it is, and the low copies that it needs.
 
+    `number` says that a token uses another number of experts than the model's own, as
+    Layout.other_number does: then nothing is what its mode is called, exact neither.
     `point` is what calibration measured of it; `all_low` what calibration measured with every
     expert low, if that is within the budget asked for: then a low copy may stand in anywhere.
     A `measured` quality keeps its promise with half of the experts cached, or more; `tight` is what
     keeps it with less, if anything does.
     """
 
-    name: str
+    mode: str
     rule: Rule
     low: LowCopies | None = None
     point: Point | None = None
     all_low: Point | None = None
     measured: bool = False
     tight: Quality | None = None
+    number: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called, and is shown as."""
+        if not self.number:
+            return self.mode
+        return self.number if self.mode == EXACT_NAME else f"{self.mode}, {self.number}"
+
+    def of(self, layout: Layout) -> Quality:
+        """Return it as that of a model with this layout.
+
+        Raises UsageError for a promise, where a token uses another number of experts than when it
+        was measured.
+        """
+        if layout.other_number and (self.measured or self.point is not None):
+            raise UsageError(_no_promise(self.mode, layout))
+        return replace(self, number=layout.other_number)
 
     def at(self, cached_share: float) -> Quality:
         """Return what is meant with room for this share of the experts.
@@ -61,7 +81,7 @@ class Quality:
     def label(self) -> str:
         """Say the mode in a few words, with its measured KL where there is one."""
         if self.rule == EXACT:
-            return EXACT_NAME
+            return self.number or EXACT_NAME
         how = ", deterministic" if self.rule.deterministic else ""
         if self.point is None:
             return f"{self.name}{how}"
@@ -84,6 +104,7 @@ def choose(
     `low_file` is a GGUF of the same experts in fewer bits; without it, the copy that `hobbit
     prepare` made. Raises UsageError for what makes no sense, ModelError for what is not there.
     """
+    number = layout.other_number
     model = layout.gguf.parts[0].path
     by_hand = t1 is not None or t2 is not None or patience > 0
     if by_hand and str(quality) != EXACT_NAME:
@@ -91,7 +112,9 @@ def choose(
     if patience > 1 and deterministic:
         raise UsageError("--patience goes by what is cached, and --deterministic does not")
     if not by_hand and quality == EXACT_NAME:
-        return Quality(EXACT_NAME, EXACT)
+        return Quality(EXACT_NAME, EXACT, number=number)
+    if not by_hand and number:
+        raise UsageError(_no_promise(str(quality), layout))
     budget = None if by_hand else calibration.budget_of(quality)
     if not layout.groups:
         raise UsageError(f"{model}: has no experts that stream: only -Q exact makes sense")
@@ -100,7 +123,8 @@ def choose(
         rule = Rule(t2 if t1 is None else t1, t2, deterministic, patience=patience)
         low = low_copies(layout, low_file) if rule.needs_low or low_file else None
         waits = f", patience {patience}" if patience > 1 else ""
-        return Quality(f"T1 {rule.t1:g}, T2 {rule.t2:g}{waits}", rule, low)
+        mode = f"T1 {rule.t1:g}, T2 {rule.t2:g}{waits}"
+        return Quality(mode, rule, low, number=number)
     low = low_copies(layout, low_file)
     known = calibrated(layout, low)
     name = str(quality) if quality in BUDGETS else f"KL {budget:g}"
@@ -114,6 +138,13 @@ def choose(
         tight = Quality(name, rule, low, _point(known, rule), all_low)
     rule = calibration.rule_for(known, budget)
     return Quality(name, rule, low, _point(known, rule), all_low, measured=True, tight=tight)
+
+
+def _no_promise(quality: str, layout: Layout) -> str:
+    return (
+        f"-Q {quality} was measured with {layout.own_expert_used} experts a token, and promises "
+        f"nothing with {layout.n_expert_used}: leave it out, or give --t1 and --t2"
+    )
 
 
 def low_copies(layout: Layout, low_file: Path | None = None) -> LowCopies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .quality import Quality
     from .stats import Stats
     from .verify import VerifyRow
+
+STATS_SCHEMA = "hobbit.stats/1"
 
 _GIB = 1 << 30
 _PROGRESS_INTERVAL_S = 10
@@ -50,6 +53,10 @@ class Screen:
             return
         for line in self._broken(lines) if self.terminal else lines:
             print(f"\x1b[2m{line}\x1b[0m" if self.color else line, file=self.stream, flush=True)
+
+    def data(self, values: Mapping[str, Any]) -> None:
+        """Write a line of JSON for a program to read, also when quiet."""
+        print(json.dumps(values, ensure_ascii=False), file=self.stream, flush=True)
 
     @staticmethod
     def _broken(lines: Sequence[str]) -> Iterator[str]:
@@ -231,8 +238,7 @@ def stats_line(result: Result, quality: Quality, missed: str = "") -> str:
             parts.append(shares(decode))
         parts.append(f"hit {100 * decode.hit_rate:.0f} %")
         if decode.device_hits:
-            share = 100 * decode.device_hits / (decode.hits + decode.misses)
-            parts.append(f"device {share:.0f} %")
+            parts.append(f"device {100 * decode.device_share:.0f} %")
         parts.append(f"{decode.mib_per_token:.0f} MiB/tok")
         parts.append(f"stall {100 * decode.stall_share:.0f} %")
     if missed:
@@ -240,6 +246,27 @@ def stats_line(result: Result, quality: Quality, missed: str = "") -> str:
     if result.finish_reason == "cancelled":
         parts.append("cancelled")
     return f"[{' | '.join(parts)}]"
+
+
+def say_stats(
+    screen: Screen,
+    kind: str,
+    result: Result,
+    plan: MemoryPlan,
+    quality: Quality,
+    load_s: float = 0.0,
+    missed: str = "",
+) -> None:
+    """Say what an answer came to, as one of options.STATS; `missed` as for the line.
+
+    With `load_s`, the seconds that loading took, where the answer is the first.
+    """
+    if kind == "json":
+        screen.data({"schema": STATS_SCHEMA, **stats_report(result, plan, quality, load_s)})
+    if kind == "full":
+        screen.say(*verbose_lines(result, load_s))
+    if kind in ("line", "full"):
+        screen.say(stats_line(result, quality, missed))
 
 
 def shares(stats: Stats) -> str:
@@ -260,7 +287,7 @@ def of_cap(peak: int, cap: int) -> str:
 
 
 def verbose_lines(result: Result, load_s: float) -> list[str]:
-    """Return ollama's eight lines, then the counters of the experts."""
+    """Return ollama's eight lines, then the memory and the counters of the experts."""
     stats = result.stats
     rows = [
         ("total duration", f"{load_s + stats.prompt_s + stats.decode_s:.2f} s"),
@@ -271,17 +298,26 @@ def verbose_lines(result: Result, load_s: float) -> list[str]:
         ("eval count", f"{stats.tokens_generated} token(s)"),
         ("eval duration", f"{stats.decode_s:.2f} s"),
         ("eval rate", f"{rate(stats.tok_s)} tokens/s"),
+        ("peak memory", of_cap(stats.peak_bytes, stats.cap_bytes)),
     ]
     if stats.mode != "resident":
         rows += [
             ("expert hits", f"{stats.hits} of {stats.hits + stats.misses}"),
             ("expert evictions", f"{stats.evictions}"),
+            *_precision_rows(stats),
             *_device_rows(stats),
             ("read", f"{format_size(stats.read_bytes)} ({stats.io})"),
             ("waited for reads", f"{stats.stall_s:.2f} s"),
             *_token_rows(result),
         ]
     return [f"{name + ':':<22}{value}" for name, value in rows]
+
+
+def _precision_rows(stats: Stats) -> list[tuple[str, str]]:
+    if not stats.pairs_low and not stats.pairs_skip:
+        return []
+    total = stats.pairs_high + stats.pairs_low + stats.pairs_skip
+    return [("low precision", f"{stats.pairs_low} of {total} pairs, {stats.pairs_skip} skipped")]
 
 
 def _device_rows(stats: Stats) -> list[tuple[str, str]]:
@@ -291,7 +327,12 @@ def _device_rows(stats: Stats) -> list[tuple[str, str]]:
         ("hits on the device", f"{stats.device_hits}, for {stats.device_pairs} pairs"),
         ("copied to the device", format_size(stats.device_bytes)),
         ("device computed", f"{stats.device_s:.2f} s, waited for {stats.device_wait_s:.2f} s"),
+        ("a copy there pays", _break_even(stats.break_even_tokens)),
     ]
+
+
+def _break_even(tokens: int) -> str:
+    return f"from {tokens} tokens of an expert on" if tokens else "never"
 
 
 def _token_rows(result: Result) -> list[tuple[str, str]]:
@@ -341,10 +382,21 @@ def run_report(
     load_s: float,
 ) -> dict[str, Any]:
     """Return what `--json` prints; `timings` has llama.cpp's keys."""
-    stats = result.stats
     return {
         "schema": "hobbit.run/1",
         "text": result.text,
+        **stats_report(result, plan, quality, load_s),
+        "config": config,
+        "plan": plan.to_dict(),
+    }
+
+
+def stats_report(
+    result: Result, plan: MemoryPlan, quality: Quality, load_s: float
+) -> dict[str, Any]:
+    """Return what is known of an answer besides its text."""
+    stats = result.stats
+    return {
         "finish_reason": result.finish_reason,
         "usage": {
             "prompt_tokens": stats.tokens_prompt,
@@ -369,9 +421,11 @@ def run_report(
             "evictions": stats.evictions,
             "device_hits": stats.device_hits,
             "device_pairs": stats.device_pairs,
+            "device_low_pairs": stats.device_low_pairs,
             "device_bytes": stats.device_bytes,
             "device_s": stats.device_s,
             "device_wait_s": stats.device_wait_s,
+            "break_even_tokens": stats.break_even_tokens,
             "hit_rate": stats.hit_rate,
             "bytes_read": stats.read_bytes,
             "mib_per_token": result.decode.mib_per_token,
@@ -406,8 +460,6 @@ def run_report(
             "low_file": str(quality.low.gguf.parts[0].path) if quality.low else None,
         },
         "mode": plan.mode,
-        "config": config,
-        "plan": plan.to_dict(),
     }
 
 
@@ -446,11 +498,13 @@ def verify_lines(rows: Sequence[VerifyRow]) -> list[str]:
             lines.append(f"{size}  skipped: {row.skipped}")
             continue
         counts = f"{row.misses} misses, {row.evictions} evictions"
+        counts += f", {row.device_hits} hits on the device" if row.device_hits else ""
+        counts += f", {row.number}" if row.number else ""
         if row.equal:
             lines.append(f"{size}  identical logits   {counts}")
         else:
             lines.append(
                 f"{size}  DIFFERENT from {row.first_difference} on, "
-                f"by up to {row.max_abs_diff:.3g}   {counts}"
+                f"by up to {row.max_abs_diff:.3g} (NMSE {row.nmse:.2g})   {counts}"
             )
     return lines

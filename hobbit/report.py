@@ -117,6 +117,7 @@ def trace_lines(trace: Trace) -> list[str]:
         "layers": f"{found.layers}",
         "events": f"{found.events}",
         "experts used": f"{found.used} of {found.experts}",
+        **_other_number(note),
         "asked a token": f"{found.asked / tokens:.1f} experts, "
         f"{format_size(found.asked_bytes // tokens)}",
         "reused": f"{_percent(found.reused)} of the token before's",
@@ -127,6 +128,12 @@ def trace_lines(trace: Trace) -> list[str]:
     }
     width = max(map(len, facts))
     return [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
+
+
+def _other_number(note: Mapping[str, Any]) -> dict[str, str]:
+    """Say how many experts a token used, where that was not the model's own number."""
+    used, own = note.get("n_expert_used"), note.get("own_expert_used")
+    return {"of a layer": f"{used} a token instead of {own}"} if own not in (None, used) else {}
 
 
 def lab_lines(rows: Sequence[LabRow]) -> list[str]:

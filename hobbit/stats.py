@@ -30,7 +30,13 @@ _COUNTERS = (
     "ahead_wasted_bytes",
     "device_hits",
     "device_pairs",
+    "device_low_pairs",
     "device_bytes",
+    "device_brought",
+    "split_s",
+    "split_cpu_s",
+    "split_device_s",
+    "split_longer_s",
     "device_s",
     "device_wait_s",
     "stall_s",
@@ -38,6 +44,29 @@ _COUNTERS = (
     "predict_s",
     "manage_s",
 )
+
+
+@dataclass(frozen=True)
+class LayerLookUps:
+    """How often a layer asked for one of its experts, and found it or not."""
+
+    layer: int
+    hits: int = 0
+    misses: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """None where nothing was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+    def plus(self, more: LayerLookUps) -> LayerLookUps:
+        """Return the counters of both."""
+        return LayerLookUps(self.layer, self.hits + more.hits, self.misses + more.misses)
+
+    def minus(self, earlier: LayerLookUps) -> LayerLookUps:
+        """Return what happened since `earlier`."""
+        return LayerLookUps(self.layer, self.hits - earlier.hits, self.misses - earlier.misses)
 
 
 @dataclass(frozen=True)
@@ -53,8 +82,13 @@ class Stats:
     used; `ahead_bytes` and `ahead_wasted_bytes` what was read so, and what of it was in vain.
     `predictor` is the one in force now; while "auto" tries them it changes every few tokens.
     `device_hits` are those hits that were on a device, `device_pairs` the pairs computed there,
-    `device_bytes` what was copied into its memory; `device_s` is the time in which it had something
-    to do, `device_wait_s` that in which the CPU had nothing to do but wait for it.
+    `device_low_pairs` those of them in low precision, `device_bytes` what was copied into its
+    memory; `device_s` is the time in which it had something to do, `device_wait_s` that in which
+    the CPU had nothing to do but wait for it.
+    `device_brought` are experts that were copied there to be computed at once. Of the layers that
+    both computed, `split_s` is the time, `split_cpu_s` and `split_device_s` each one's part, and
+    `split_longer_s` the sum of the longer ones. `break_even_tokens`, as of now: with so many tokens
+    of one expert it pays to copy it to the device and compute it there; 0: it never does.
     `stall_s` is the time in which computing waited for a read, `moe_s` the time in the experts'
     matrices, `predict_s` that of predicting, `manage_s` of looking up, evicting and asking.
     """
@@ -84,7 +118,14 @@ class Stats:
     ahead_wasted_bytes: int = 0
     device_hits: int = 0
     device_pairs: int = 0
+    device_low_pairs: int = 0
     device_bytes: int = 0
+    device_brought: int = 0
+    split_s: float = 0.0
+    split_cpu_s: float = 0.0
+    split_device_s: float = 0.0
+    split_longer_s: float = 0.0
+    break_even_tokens: int = 0
     device_s: float = 0.0
     device_wait_s: float = 0.0
     stall_s: float = 0.0
@@ -102,6 +143,12 @@ class Stats:
     def hit_rate(self) -> float:
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
+
+    @property
+    def device_share(self) -> float:
+        """The share of what was asked for that was on a device."""
+        asked = self.hits + self.misses
+        return self.device_hits / asked if asked else 0.0
 
     @property
     def mib_per_token(self) -> float:
@@ -153,6 +200,7 @@ class Stats:
         """Return counters and rates as plain data."""
         return asdict(self) | {
             "hit_rate": self.hit_rate,
+            "device_share": self.device_share,
             "mib_per_token": self.mib_per_token,
             "tok_s": self.tok_s,
             "prompt_tok_s": self.prompt_tok_s,

@@ -8,12 +8,13 @@ back before hobbit's arm starts, and survives a model that aborts llama.cpp.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as api
+from llama_cpp._ggml import libggml
 
 Logits = npt.NDArray[np.float32]
 
@@ -152,18 +154,21 @@ def _step(
 
 @contextlib.contextmanager
 def plain_llama(
-    path: str, arguments: dict[str, Any], *, extra_buffers: bool = False
+    path: str, arguments: dict[str, Any], *, extra_buffers: bool = False, n_cpu_moe: int = 0
 ) -> Iterator[llama_cpp.Llama]:
     """Open a model with llama-cpp-python's own class, changing one default of llama.cpp.
 
     With extra buffer types llama.cpp repacks weights, which rounds differently and, on a CPU with
     AMX, crashes in a batch. hobbit leaves them off where it streams; Llama has no argument for it.
+    Nor for `n_cpu_moe`, llama.cpp's own: the experts of so many layers stay off the GPU.
     """
+    overrides = _experts_off_gpu(n_cpu_moe) if n_cpu_moe else None
     default_params = api.llama_model_default_params
 
     def without_extra_buffers() -> Any:
         params = default_params()
         params.use_extra_bufts = params.use_extra_bufts and extra_buffers
+        params.tensor_buft_overrides = overrides and ctypes.addressof(overrides)
         return params
 
     api.llama_model_default_params = without_extra_buffers
@@ -173,6 +178,23 @@ def plain_llama(
         api.llama_model_default_params = default_params
     with contextlib.closing(llama):
         yield llama
+
+
+class _Override(ctypes.Structure):
+    """llama.cpp's llama_model_tensor_buft_override, which its Python binding leaves out."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _experts_off_gpu(n_layers: int) -> ctypes.Array[_Override]:
+    """Say what `--n-cpu-moe` says; it has to live as long as the model."""
+    by_name, type_of = libggml.ggml_backend_dev_by_name, libggml.ggml_backend_dev_buffer_type
+    by_name.argtypes, by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    type_of.argtypes, type_of.restype = [ctypes.c_void_p], ctypes.c_void_p
+    host = type_of(by_name(b"CPU"))
+    patterns = [rf"blk\.{n}\.ffn_(up|down|gate|gate_up)_(ch|)exps" for n in range(n_layers)]
+    entries = [_Override(pattern.encode(), host) for pattern in patterns]
+    return (_Override * (n_layers + 1))(*entries, _Override(None, None))
 
 
 class StockProcess:
@@ -197,6 +219,7 @@ class StockProcess:
         *,
         mmap: bool = True,
         extra_buffers: bool = False,
+        kv_overrides: Mapping[str, int] | None = None,
     ) -> list[Logits]:
         """Return each job's logits; raise DecodeFailed when llama.cpp cannot load or decode."""
         request = {
@@ -204,6 +227,7 @@ class StockProcess:
             "jobs": [asdict(job) for job in jobs],
             "mmap": mmap,
             "extra_buffers": extra_buffers,
+            "kv_overrides": dict(kv_overrides or {}) or None,
             "out": self._folder.name,
         }
         assert self._child.stdin is not None and self._child.stdout is not None
@@ -251,6 +275,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     for number, fields in enumerate(request["jobs"]):
         job = Job(**fields)
         arguments = job.llama_arguments() | {"use_mmap": request["mmap"]}
+        arguments["kv_overrides"] = request["kv_overrides"]
         extra = request["extra_buffers"]
         with plain_llama(request["path"], arguments, extra_buffers=extra) as llama:
             name = os.path.join(request["out"], f"{number}.npy")

@@ -17,13 +17,16 @@ from . import _log, _native
 from ._native import CancelFlag, check, error_buffer, failure, ffi, lib
 from .arena import Arena
 from .batches import Row
-from .devices import Device
+from .devices import Device, dispatch_number
+from .disk import known_rate
 from .errors import HobbitError, UnsupportedModelError
 from .layout import Layout
 from .memory import Pool, SlotBytes
+from .offload import Offloaded
 from .policy import Policy
 from .prediction import KINDS, Prediction
 from .rule import Rule
+from .stats import LayerLookUps
 from .structs import policy_struct, rule_struct
 
 # How often reads in the background are gone on with while nothing is computed.
@@ -55,11 +58,15 @@ class ExpertInputs:
 
 @dataclass(frozen=True)
 class ContextMemory:
-    """Bytes that llama.cpp allocates for a model and one context, experts not counted."""
+    """Bytes that llama.cpp allocates for a model and one context, experts not counted.
 
-    dense: int
-    kv: int
-    compute: int
+    In the machine's memory; `offloaded` is what devices have in their own.
+    """
+
+    dense: int = 0
+    kv: int = 0
+    compute: int = 0
+    offloaded: tuple[Offloaded, ...] = ()
 
 
 def made(call: Callable[[], Any], failure: str, verbose: bool = False) -> int:
@@ -82,12 +89,22 @@ def measure(load: Callable[[Any], int], model_params: Any, context_params: Any) 
             lambda: llama_cpp.llama_init_from_model(model, context_params),
             "llama.cpp cannot make a context",
         )
-        out = ffi.new("struct hobbit_context_memory *")
-        lib.hobbit_context_memory(ffi.cast("struct llama_context *", context), out)
+        found = allocated(context)
         llama_cpp.llama_free(context)
     finally:
         llama_cpp.llama_model_free(model)
-    return ContextMemory(out.model_bytes, out.kv_bytes, out.compute_bytes)
+    return found
+
+
+def allocated(context: int) -> ContextMemory:
+    """Return what the model of a llama_context and the context itself have."""
+    out = ffi.new("struct hobbit_context_memory *")
+    lib.hobbit_context_memory(ffi.cast("struct llama_context *", context), out)
+    offloaded = (
+        Offloaded(ffi.string(d.name).decode(), d.model_bytes, d.kv_bytes, d.compute_bytes)
+        for d in out.devices[0 : out.n_devices]
+    )
+    return ContextMemory(out.model_bytes, out.kv_bytes, out.compute_bytes, tuple(offloaded))
 
 
 class StreamedModel:
@@ -195,19 +212,42 @@ class StreamedModel:
         )
         check(status, error)
 
-    def use_device(self, device: Device, arena: Arena) -> None:
-        """Give the experts memory on a device too, once, after `allocate`."""
+    def use_device(self, device: Device, arena: Arena, dispatch: str, n_threads: int) -> None:
+        """Give the experts memory on a device too, once, after `allocate`.
+
+        What it and the CPU take for an expert is measured, which takes up to a second.
+        """
         pool_of_group = [0] * len(self.layout.groups)
         for index, pool in enumerate(arena.pools):
             for group in pool.groups:
                 pool_of_group[group] = index
-        pools = [(pool.slot_bytes.high, pool.slots) for pool in arena.pools]
+        pools = [([*p.expert_bytes], [p.slots, p.low_slots]) for p in arena.pools]
         native_pools = ffi.new("struct hobbit_device_pool[]", pools)
         groups = ffi.new("int32_t[]", pool_of_group)
-        plan = (native_pools, groups, len(pools), arena.batch_bytes, arena.token_bytes)
+        plan = {
+            "pools": native_pools,
+            "pool_of_group": groups,
+            "n_pools": len(pools),
+            "batch_bytes": arena.batch_bytes,
+            "token_bytes": arena.token_bytes,
+            "dispatch": dispatch_number(dispatch),
+            "n_threads": n_threads,
+            "read_ns_per_mib": self._read_ns_per_mib(),
+        }
         native, error = ffi.new("struct hobbit_device_plan *", plan), error_buffer()
         status = lib.hobbit_model_use_device(self._handle, device.handle, native, error, len(error))
         check(status, error)
+
+    def set_dispatch(self, dispatch: str) -> None:
+        """Change who computes an expert, from the next layer on."""
+        lib.hobbit_model_set_dispatch(self._handle, dispatch_number(dispatch))
+
+    def _read_ns_per_mib(self) -> int:
+        """Return what the disk was measured to take for pieces of this size; 0: it was not."""
+        group = self.layout.groups[0]
+        path = self.layout.gguf.parts[group.matrices[0].part].path
+        known = known_rate(path, [matrix.expert_bytes for matrix in group.matrices])
+        return round((1 << 20) / known.bytes_per_s * 1e9) if known else 0
 
     def load(self, params: Any, verbose: bool = False) -> int:
         """Load a llama_model through the stream that skips expert data; returns its address.
@@ -216,11 +256,11 @@ class StreamedModel:
         """
         if self._buffer_type == ffi.NULL:
             self._buffer_type = lib.hobbit_buffer_type_new(self._handle)
-        patterns = [ffi.new("char[]", pattern.encode()) for pattern in self.layout.overrides]
-        overrides = ffi.new(
-            "struct hobbit_override[]",
-            [*((pattern, self._buffer_type) for pattern in patterns), (ffi.NULL, ffi.NULL)],
-        )
+        where = [(pattern, self._buffer_type) for pattern in self.layout.overrides]
+        host = lib.hobbit_host_buffer_type()
+        where += [(pattern, host) for pattern in self.layout.companion_overrides]
+        named = [(ffi.new("char[]", pattern.encode()), kind) for pattern, kind in where]
+        overrides = ffi.new("struct hobbit_override[]", [*named, (ffi.NULL, ffi.NULL)])
         params.tensor_buft_overrides = _native.address(overrides)
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         params.lazy_mode = 0  # reading on demand needs mmap
@@ -339,6 +379,18 @@ class StreamedModel:
         lib.hobbit_model_usage(self._handle, counts)
         return list(counts)
 
+    def look_ups(self) -> list[LayerLookUps]:
+        """The look-ups of each layer, in order; waits for nothing."""
+        groups = self.layout.groups
+        hits, misses = (ffi.new("uint64_t[]", len(groups)) for _ in range(2))
+        lib.hobbit_model_look_ups(self._handle, hits, misses)
+        found: dict[int, LayerLookUps] = {}
+        for group in groups:
+            before = found.get(group.layer, LayerLookUps(group.layer))
+            more = LayerLookUps(group.layer, hits[group.index], misses[group.index])
+            found[group.layer] = before.plus(more)
+        return [found[layer] for layer in sorted(found)]
+
     def warm(self, experts: Sequence[int]) -> None:
         """Read experts, by their numbers in `usage`, in the background while there is room."""
         places = [(g.index, e) for g in self.layout.groups for e in range(g.n_expert)]
@@ -441,6 +493,15 @@ class StreamedModel:
         out = ffi.new("struct hobbit_stats *")
         lib.hobbit_model_stats(self._handle, out)
         return out
+
+    def dense_bytes(self) -> int:
+        """How much of what does not stream was read so far."""
+        return int(self.counters().dense_bytes)
+
+    def abandon(self) -> None:
+        """Give the experts' memory back, as a lost thread may still use the rest: never `close`."""
+        self._stop_warming.set()
+        lib.hobbit_model_abandon(self._handle)
 
     def close(self) -> None:
         """Join the reader threads and free the cache."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import HobbitError, ReadError, UsageError
+from .errors import UsageError
 from .forced import Forced
 from .trace import is_trace
 
@@ -50,21 +47,9 @@ def record(
         raise UsageError("the text is empty: there is nothing to trace")
     llm.forget()
     model.clear()
-    with _full_disks(path), llm.traced(path, probs=probs):
+    with llm.traced(path, probs=probs):
         for at in range(0, len(tokens), batch):
             model.decode(tokens[at : at + batch], logits=False)
             if on_progress:
                 on_progress("tracing", min(at + batch, len(tokens)) / len(tokens))
     return len(tokens)
-
-
-@contextmanager
-def _full_disks(path: Path) -> Iterator[None]:
-    """Tell a full disk from what else cannot be read or written: it has its own exit code."""
-    try:
-        yield
-    except ReadError as exc:
-        reason = os.strerror(errno.ENOSPC)
-        if not str(exc).endswith(f"written: {reason}"):
-            raise
-        raise HobbitError(str(exc)) from OSError(errno.ENOSPC, reason, str(path))

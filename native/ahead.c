@@ -58,6 +58,9 @@ bool hb_model_expect(struct hobbit_model *m, int32_t group, int32_t n, const int
             continue;
         }
         all_cached = all_cached && hb_cache_peek(m->cache, key) >= 0;
+        if (odds[i] >= m->prediction.least_odds) {
+            hb_model_offer(m, key); /* to a device, which has it before that layer then */
+        }
         if (!expect(m, key, odds[i] >= m->prediction.least_odds)) {
             return false;
         }

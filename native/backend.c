@@ -7,6 +7,7 @@
 #include "model.h"
 #include "moe.h"
 #include "os.h"
+#include "router.h"
 #include "segment.h"
 
 /* ggml's interfaces, in its order: buffer, buffer type, backend, device, registry. The logic is elsewhere. */
@@ -24,7 +25,8 @@ struct weights_buffer {
     struct weights_type *type;
     void *base;
     size_t size;
-    struct hb_weight *weights; /* one a matrix of the catalog */
+    struct hb_weight *weights; /* one a matrix of the catalog; and as many of these */
+    struct hb_seen *seen;
 };
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
@@ -33,8 +35,10 @@ static void buffer_free(ggml_backend_buffer_t buffer) {
         if (b->weights[i].model != NULL) {
             b->type->tensors[i] = NULL; /* freed too; loading failed if it is still there */
         }
+        hb_router_forget(&b->seen[i]);
     }
     hb_space_release(b->base, b->size);
+    free(b->seen);
     free(b->weights);
     free(b);
 }
@@ -52,7 +56,7 @@ static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct 
         return GGML_STATUS_FAILED;
     }
     struct hb_weight *weight = &b->weights[m - catalog->matrices];
-    *weight = (struct hb_weight) {b->type->model, m};
+    *weight = (struct hb_weight) {b->type->model, m, &b->seen[m - catalog->matrices]};
     tensor->extra = weight;
     /* The loader passes over tensors it finds no data for by name. Under its own name it would allocate, fill and
      * throw away a copy of each expert tensor. */
@@ -103,8 +107,11 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
     }
     b->type = buft->context;
     b->size = size > 0 ? size : HB_PAGE;
-    b->weights = calloc((size_t) hb_model_catalog(b->type->model)->n_matrices, sizeof *b->weights);
-    if (b->weights == NULL || hb_space_reserve(&b->base, b->size) != 0) {
+    size_t n_matrices = (size_t) hb_model_catalog(b->type->model)->n_matrices;
+    b->weights = calloc(n_matrices, sizeof *b->weights);
+    b->seen = calloc(n_matrices, sizeof *b->seen);
+    if (b->weights == NULL || b->seen == NULL || hb_space_reserve(&b->base, b->size) != 0) {
+        free(b->seen);
         free(b->weights);
         free(b);
         return NULL;
@@ -209,7 +216,11 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t device) 
 
 static bool device_supports_op(ggml_backend_dev_t device, const struct ggml_tensor *op) {
     (void) device;
-    return hb_moe_supports(op);
+    bool supported = hb_moe_supports(op);
+    if (supported && op->op == GGML_OP_MUL_MAT_ID) {
+        hb_router_see(op); /* llama.cpp asks before it divides the graph */
+    }
+    return supported;
 }
 
 static bool device_supports_buft(ggml_backend_dev_t device, ggml_backend_buffer_type_t buft) {
@@ -317,6 +328,10 @@ void hobbit_buffer_type_loaded(void *buffer_type) {
 
 void hobbit_buffer_type_free(void *buffer_type) {
     free(buffer_type);
+}
+
+void *hobbit_host_buffer_type(void) {
+    return ggml_backend_cpu_buffer_type();
 }
 
 static bool abort_callback(void *data) {

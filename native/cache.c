@@ -472,6 +472,10 @@ void hb_cache_pin(struct hb_cache *c, struct hb_key key, bool pinned) {
     rank_key(c, key);
 }
 
+bool hb_cache_is_pinned(const struct hb_cache *c, struct hb_key key) {
+    return slot_of(c, key)->pins > 0;
+}
+
 void hb_cache_keep(struct hb_cache *c, struct hb_key key) {
     slot_of(c, key)->kept = true;
     rank_key(c, key);

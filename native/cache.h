@@ -71,6 +71,7 @@ void hb_cache_drop(struct hb_cache *cache, struct hb_key key);
 /* Give up every READY copy that is not pinned. */
 void hb_cache_forget(struct hb_cache *cache);
 void hb_cache_pin(struct hb_cache *cache, struct hb_key key, bool pinned);
+bool hb_cache_is_pinned(const struct hb_cache *cache, struct hb_key key); /* of a LOADING or READY copy */
 void hb_cache_keep(struct hb_cache *cache, struct hb_key key); /* from now on never evicted or forgotten */
 
 /* In a pool with a slot for the high copy of every expert, that of expert e always lives in slot home + e; -1

@@ -170,6 +170,26 @@ enum hobbit_status hb_catalog_open(struct hb_catalog *c, const struct hobbit_opt
     return status;
 }
 
+bool hb_catalog_copy(struct hb_catalog *copy, const struct hb_catalog *c) {
+    size_t groups = (size_t) c->n_groups * sizeof *c->groups, matrices = (size_t) c->n_matrices * sizeof *c->matrices;
+    *copy = (struct hb_catalog) {.n_groups = c->n_groups, .n_experts = c->n_experts, .most_experts = c->most_experts};
+    copy->groups = malloc(groups);
+    copy->matrices = malloc(matrices);
+    if (copy->groups == NULL || copy->matrices == NULL) {
+        hb_catalog_close(copy);
+        return false;
+    }
+    memcpy(copy->groups, c->groups, groups);
+    memcpy(copy->matrices, c->matrices, matrices);
+    copy->n_matrices = c->n_matrices;
+    for (int32_t i = 0; i < c->n_matrices; i++) {
+        struct hb_matrix *m = &copy->matrices[i];
+        m->name = NULL;
+        copy->groups[m->group].copies[m->precision].matrices[m->role] = m;
+    }
+    return true;
+}
+
 void hb_catalog_close(struct hb_catalog *c) {
     for (int32_t i = 0; i < c->n_files; i++) {
         hb_file_close(&c->files[i]);

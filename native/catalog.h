@@ -3,6 +3,7 @@
 #ifndef HB_CATALOG_H
 #define HB_CATALOG_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -51,7 +52,9 @@ struct hb_catalog {
 /* Opens the files. On failure everything is undone and `err` says why. */
 enum hobbit_status hb_catalog_open(struct hb_catalog *catalog, const struct hobbit_options *options, char *err,
                                    size_t err_len);
-void hb_catalog_close(struct hb_catalog *catalog);
+/* What is there to know of the experts, without the files and names: for who may outlive the catalog. */
+bool hb_catalog_copy(struct hb_catalog *copy, const struct hb_catalog *catalog);
+void hb_catalog_close(struct hb_catalog *catalog); /* also of a copy */
 /* The high matrix of that name, or NULL. */
 const struct hb_matrix *hb_catalog_find(const struct hb_catalog *catalog, const char *name);
 

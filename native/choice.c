@@ -127,7 +127,11 @@ const struct hb_gathered *hb_model_gathered(const struct hobbit_model *m) {
 }
 
 bool hb_model_has(const struct hobbit_model *m, struct hb_key key) {
-    return hb_cache_peek(m->cache, key) >= 0 || hb_model_is_there(m, key);
+    return hb_model_is_here(m, key) || hb_model_is_there(m, key);
+}
+
+bool hb_model_is_here(const struct hobbit_model *m, struct hb_key key) {
+    return hb_cache_peek(m->cache, key) >= 0;
 }
 
 float hb_model_mean_range(struct hobbit_model *m, int32_t group, float range) {
@@ -179,6 +183,7 @@ static struct hb_wanted wanted(const struct hobbit_model *m, int32_t group, int3
     uint16_t *in_vain = m->in_vain != NULL ? &m->in_vain[hb_model_number(m, high)] : NULL;
     return (struct hb_wanted) {.high = high, .need = need, .in_vain = in_vain,
                                .elsewhere = hb_model_is_there(m, high),
+                               .low_elsewhere = hb_model_is_there(m, hb_key_in(high, HOBBIT_LOW)),
                                .has_low = m->catalog.groups[group].copies[HOBBIT_LOW].n_matrices > 0};
 }
 

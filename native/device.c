@@ -37,6 +37,16 @@ void hobbit_device_names(char *names, size_t length) {
     }
 }
 
+/* Whether it copies while it computes. To a server all goes one way, one after another. The CPU is a device in tests. */
+static bool can_overlap(ggml_backend_dev_t dev) {
+    struct ggml_backend_dev_props props;
+    if (hb_rpc_is_remote(dev)) {
+        return false;
+    }
+    ggml_backend_dev_get_props(dev, &props);
+    return props.caps.async || props.type == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 static void set_threads(const struct hobbit_device *d, int32_t n_threads) {
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(d->dev);
     ggml_backend_set_n_threads_t set = (ggml_backend_set_n_threads_t) (uintptr_t)
@@ -47,18 +57,19 @@ static void set_threads(const struct hobbit_device *d, int32_t n_threads) {
 }
 
 struct opening {
+    struct hb_task task;
     struct hobbit_device *device;
     int32_t n_threads;
 };
 
 /* An integrated GPU's memory, and Apple's, is the machine's. */
-static bool shares_memory(const struct hobbit_device *d) {
+bool hb_shares_memory(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buffer_type) {
 #if defined(__APPLE__) && defined(__aarch64__)
     return true;
 #endif
-    enum ggml_backend_dev_type type = ggml_backend_dev_type(d->dev);
+    enum ggml_backend_dev_type type = ggml_backend_dev_type(dev);
     return type == GGML_BACKEND_DEVICE_TYPE_IGPU || type == GGML_BACKEND_DEVICE_TYPE_CPU ||
-           type == GGML_BACKEND_DEVICE_TYPE_ACCEL || ggml_backend_buft_is_host(d->buffer_type);
+           type == GGML_BACKEND_DEVICE_TYPE_ACCEL || ggml_backend_buft_is_host(buffer_type);
 }
 
 static void open_backend(void *context) {
@@ -69,14 +80,20 @@ static void open_backend(void *context) {
     d->info.free_bytes = free;
     d->info.total_bytes = total;
     snprintf(d->info.name, sizeof d->info.name, "%s", ggml_backend_dev_name(d->dev));
-    snprintf(d->info.description, sizeof d->info.description, "%s", ggml_backend_dev_description(d->dev));
+    hb_rpc_describe(d->dev, d->info.description, sizeof d->info.description);
+    snprintf(d->full_name, sizeof d->full_name, "%s (%s)", d->info.name, d->info.description);
     d->buffer_type = ggml_backend_dev_buffer_type(d->dev);
-    d->info.shares_memory = shares_memory(d);
+    d->info.shares_memory = hb_shares_memory(d->dev, d->buffer_type);
+    d->copies_on = can_overlap(d->dev) ? HB_COPIES : HB_COMPUTES;
     d->backend = ggml_backend_dev_init(d->dev, NULL);
     if (d->backend != NULL) {
         set_threads(d, o->n_threads);
     }
 }
+
+/* A server that hangs says nothing; what is in this machine may compile its kernels first, for minutes. */
+#define ANSWERS_MS 10000
+#define GETS_READY_MS 30000
 
 int32_t hobbit_device_open(const char *name, int32_t n_threads, struct hobbit_device **out, char *err,
                            size_t err_len) {
@@ -87,10 +104,21 @@ int32_t hobbit_device_open(const char *name, int32_t n_threads, struct hobbit_de
         snprintf(err, err_len, "there is no device %s: there is %s", name, names);
         return HOBBIT_ARG;
     }
+    const char *connection = hb_rpc_connection(dev);
+    bool remote = hb_rpc_is_remote(dev);
+    if (hb_guard_has_failed(connection)) {
+        snprintf(err, err_len, "device %s was lost in this process%s", name,
+                 remote ? ": connect to its server again (--rpc)" : ": start again");
+        return HOBBIT_DEVICE;
+    }
+    /* A server has one client: to try it while it is ours fills its queue. */
+    if (remote && !hb_guard_has(connection) && !hb_rpc_answers(dev, err, err_len)) {
+        return HOBBIT_DEVICE;
+    }
     struct hobbit_device *d = calloc(1, sizeof *d);
     struct opening *opening = malloc(sizeof *opening); /* a lost worker keeps it */
-    struct hb_worker *worker = hb_worker_new();
-    if (d == NULL || opening == NULL || worker == NULL || !hb_guard_add(worker, hb_rpc_is_remote(dev))) {
+    struct hb_worker *worker = hb_worker_new(HB_WORKER_THREADS);
+    if (d == NULL || opening == NULL || worker == NULL || !hb_guard_add(worker, connection, remote)) {
         free(d);
         free(opening);
         (void) hb_worker_close(worker);
@@ -99,12 +127,14 @@ int32_t hobbit_device_open(const char *name, int32_t n_threads, struct hobbit_de
     }
     d->worker = worker;
     d->dev = dev;
-    *opening = (struct opening) {d, n_threads};
-    bool called = hb_worker_call(d->worker, open_backend, opening);
+    d->patience_ms = remote ? GETS_READY_MS : HB_WORKER_FOREVER;
+    *opening = (struct opening) {{.run = open_backend, .context = opening}, d, n_threads};
+    bool called = hb_worker_call(d->worker, &opening->task, remote ? ANSWERS_MS : HB_WORKER_FOREVER);
     if (!called || d->backend == NULL) {
         char why[256] = "it cannot be initialised";
         if (!called) {
             hb_worker_reason(d->worker, why, sizeof why);
+            hb_guard_fail(d->worker); /* perhaps it is gone, and nothing tells: the next one is to connect anew */
         } else {
             free(opening);
         }
@@ -121,23 +151,72 @@ void hobbit_device_describe(const struct hobbit_device *d, struct hobbit_device_
     *out = d->info;
 }
 
+int32_t hobbit_device_takes_layers(const struct hobbit_device *d) {
+    enum ggml_backend_dev_type type = ggml_backend_dev_type(d->dev);
+    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
+
+int32_t hobbit_device_is_remote(const struct hobbit_device *d) {
+    return hb_rpc_is_remote(d->dev);
+}
+
+void *hobbit_device_for_layers(struct hobbit_device *d) {
+    d->list[0] = hobbit_device_takes_layers(d) ? d->dev : NULL;
+    return d->list;
+}
+
+void hobbit_device_delay(struct hobbit_device *d, const struct hobbit_device_delays *delays) {
+    d->delays = *delays;
+    d->copies_on = delays->turns ? HB_COMPUTES : d->copies_on;
+}
+
 static void close_backend(void *context) {
     struct hobbit_device *d = context;
     hb_executor_free(d->executor);
     ggml_backend_free(d->backend);
 }
 
+/* The device was given up, and its thread came back: it gives back what the device has, and the connection. */
+static void close_late(void *context) {
+    struct hobbit_device *d = context;
+    close_backend(d);
+    hb_guard_remove(d->worker);
+}
+
+static void nothing(void *context) {
+    (void) context;
+}
+
 #define PATIENCE_MS 5000
 
-/* Of a lost device nothing can be freed: its thread may be in the middle of it. */
+/* Of a lost device nothing can be freed here: a thread may be in the middle of it. */
+static void leave(struct hobbit_device *d) {
+    struct hb_worker *worker = d->worker;
+    d->last = (struct hb_task) {.run = close_late, .context = d};
+    if (d->copies_on == HB_COMPUTES) { /* else another thread may still use it */
+        hb_worker_last(worker, &d->last);
+    }
+    (void) hb_worker_close(worker);
+}
+
+/* Wait for what its other thread still copies. */
 void hobbit_device_close(struct hobbit_device *d) {
     if (d == NULL) {
         return;
     }
     struct hb_worker *worker = d->worker;
+    if (hb_worker_is_lost(worker)) {
+        leave(d);
+        return;
+    }
+    d->copied = (struct hb_task) {.run = nothing, .context = d};
+    hb_worker_submit(worker, HB_COPIES, &d->copied, false);
+    bool quiet = hb_worker_done(worker, &d->copied, PATIENCE_MS);
     d->closing = (struct hb_task) {.run = close_backend, .context = d};
-    hb_worker_submit(worker, &d->closing, false);
-    if (hb_worker_done(worker, &d->closing, PATIENCE_MS)) {
+    if (quiet) {
+        hb_worker_submit(worker, HB_COMPUTES, &d->closing, false);
+    }
+    if (quiet && hb_worker_done(worker, &d->closing, PATIENCE_MS)) {
         hb_guard_remove(worker);
         free(d);
     } else {

@@ -150,7 +150,7 @@ static void correct(struct hb_forecast *f, struct link *link, const struct hb_ro
     float z = hb_router_dot(router->matrix + (int64_t) e * f->n_embd, now, f->n_embd);
     float predicted = link->z[e] - (router->bias != NULL ? router->bias[e] : 0);
     float step = MU * (z - predicted) / norm, *row = link->matrix + (int64_t) e * f->n_embd;
-    for (int32_t i = 0; i < f->n_embd; i++) {
+    for (int32_t i = 0; i < f->n_embd && isfinite(step); i++) { /* one bad input must not spoil all that come */
         row[i] += step * before[i];
     }
 }

@@ -6,8 +6,8 @@
  * `hobbit_model_stream` (a FILE* that skips expert data) with the expert tensors overridden to
  * a `hobbit_buffer_type_new`, and every context on that model computes its experts here.
  *
- * Threads: one computation at a time per model (contexts are serialised a layer at a time); stats, usage, settle and
- * take_error may be called from any thread. Close a model after every llama_context and llama_model on it.
+ * Threads: one computation at a time per model (contexts are serialised a layer at a time); stats, look_ups, usage,
+ * settle and take_error may be called from any thread. Close a model after every llama_context and llama_model on it.
  */
 #ifndef HOBBIT_H
 #define HOBBIT_H
@@ -235,7 +235,12 @@ struct hobbit_stats {
     uint64_t splits;     /* graph pieces computed here */
     uint64_t dense_bytes; /* served to llama.cpp while loading */
     uint64_t device_hits, device_pairs; /* look-ups, all of them hits, and pairs, of experts on the device */
+    uint64_t device_low_pairs;          /* of these pairs, those in low precision */
     uint64_t device_bytes;              /* copied into it */
+    uint64_t device_brought;            /* experts that were copied there to be computed in the same layer */
+    /* Layers that both computed: all of it, each one's part, and the longer part. */
+    uint64_t split_ns, split_cpu_ns, split_device_ns, split_longer_ns;
+    uint64_t break_even_pairs; /* hb_costs_break_even, as of now */
     uint64_t device_ns, device_wait_ns; /* it had a batch; and the computation had nothing to do but wait for it */
     uint64_t device_declined;           /* batches that it could not compute after all */
     uint64_t cache_bytes; /* the arena */
@@ -244,8 +249,16 @@ struct hobbit_stats {
     int32_t n_cached;
 };
 
+struct hobbit_device_memory {
+    char name[64];
+    uint64_t model_bytes, kv_bytes, compute_bytes;
+};
+
+/* In the machine's memory, which is also that of some devices; and what devices have in memory of their own. */
 struct hobbit_context_memory {
     uint64_t model_bytes, kv_bytes, compute_bytes;
+    int32_t n_devices;
+    struct hobbit_device_memory devices[16];
 };
 
 /* As llama.cpp's llama_model_tensor_buft_override. */
@@ -261,10 +274,19 @@ struct hobbit_device_info {
     uint64_t free_bytes, total_bytes;
 };
 
-/* An arena for high copies of the groups that use a stack set: their matrices have the same types and shapes. */
+/* Who computes an expert, where there is a device. */
+enum hobbit_dispatch {
+    HOBBIT_DISPATCH_AUTO,   /* by what it costs: the CPU, or the device, where weights are copied for it if that pays */
+    HOBBIT_DISPATCH_DEVICE, /* the device, where weights are copied that are not there */
+    HOBBIT_DISPATCH_CPU,    /* the CPU */
+    HOBBIT_DISPATCH_SPLIT,  /* the device, those that are there; the CPU the others */
+};
+
+/* An arena for the groups that use a stack set: in each precision that has slots, their matrices have the same types
+ * and shapes. Stacks do not share bytes, so that the two kinds of slots do not become one another. */
 struct hobbit_device_pool {
-    uint64_t expert_bytes;
-    int32_t n_slots; /* 0: none of them go there */
+    uint64_t expert_bytes[HOBBIT_PRECISIONS];
+    int32_t n_slots[HOBBIT_PRECISIONS]; /* 0: none of them go there */
 };
 
 struct hobbit_device_plan {
@@ -272,11 +294,24 @@ struct hobbit_device_plan {
     const int32_t *pool_of_group; /* one a group of the model */
     int32_t n_pools;
     uint64_t batch_bytes; /* for the activations of what is computed at a time */
-    uint64_t token_bytes; /* the most that are copied there for each token */
+    uint64_t token_bytes; /* the most that are copied there for each token, but for what is computed at once */
+    int32_t dispatch;     /* enum hobbit_dispatch */
+    int32_t n_threads;    /* of the CPU, for what is measured at start */
+    uint64_t read_ns_per_mib; /* what reading an expert takes, as of the start; 0: unknown */
+};
+
+/* For experiments: a device takes at least so long. */
+struct hobbit_device_delays {
+    uint64_t batch_ns, pair_ns; /* a batch, and besides for each of its pairs */
+    uint64_t copy_ns_per_mib;   /* a copy there */
+    int32_t turns; /* if not 0: it copies and computes by turns, though it could do both */
 };
 
 struct hobbit_model;
 struct hobbit_device;
+struct hobbit_caller;
+struct hobbit_call;
+typedef void hobbit_function(void *context);
 struct llama_context;
 
 /* Add the device to ggml's registry, unless ggml speaks another version of the interface; idempotent. */
@@ -336,6 +371,8 @@ void hobbit_model_end_sequence(struct hobbit_model *model, int32_t sequence);
 void hobbit_model_forget(struct hobbit_model *model);
 /* How often each expert was looked up since the model was opened: [n_experts], of all groups in order. */
 void hobbit_model_usage(struct hobbit_model *model, uint64_t *counts);
+/* The look-ups of each group since the model was opened: [n_groups] each. Waits for nothing. */
+void hobbit_model_look_ups(const struct hobbit_model *model, uint64_t *hits, uint64_t *misses);
 /* Read the high copies of these experts, (groups[i], experts[i]), in this order and in the background, as far as there
  * is room without evicting any copy; a later list replaces what is left of an earlier one. The first few are asked for
  * now, and more whenever a layer is computed or hobbit_model_settle is called. HOBBIT_ARG: one does not exist, or the
@@ -343,7 +380,7 @@ void hobbit_model_usage(struct hobbit_model *model, uint64_t *counts);
 int32_t hobbit_model_warm(struct hobbit_model *model, const int32_t *groups, const int32_t *experts, int32_t n,
                           char *err, size_t err_len);
 /* Take in what was read in the background, and go on with it; from any thread. Returns how many are still to come: no
- * more calls are needed at 0. */
+ * more calls are needed at 0. Waits for nobody: while a layer is computed, which does the same, it only returns 1. */
 int32_t hobbit_model_settle(struct hobbit_model *model);
 /* Count scores above 0 into [n_groups][HOBBIT_SCORE_BINS] from now on; the last bin holds 1. NULL ends it. */
 void hobbit_model_observe(struct hobbit_model *model, int64_t *histogram);
@@ -354,6 +391,7 @@ void hobbit_model_collect(struct hobbit_model *model, float *const *sums, int64_
 void *hobbit_buffer_type_new(struct hobbit_model *model);
 /* Call it when a llama_model has been loaded: gives its expert tensors their names back. */
 void hobbit_buffer_type_loaded(void *buffer_type);
+void *hobbit_host_buffer_type(void); /* ggml's, of the machine's memory */
 void hobbit_buffer_type_free(void *buffer_type);
 void *hobbit_model_stream(struct hobbit_model *model, char *err, size_t err_len); /* FILE* or NULL */
 int32_t hobbit_stream_close(void *file);
@@ -363,11 +401,15 @@ void hobbit_model_stats(const struct hobbit_model *model, struct hobbit_stats *o
 int32_t hobbit_model_take_error(struct hobbit_model *model, char *err, size_t err_len);
 void *hobbit_abort_callback(void); /* a ggml_abort_callback; its data is an int32_t, as `cancelled` above */
 void hobbit_model_close(struct hobbit_model *model); /* joins the threads; NULL is fine */
+/* Instead, of a model that a lost thread may still use, perhaps with its lock: give the cached experts' memory back, and
+ * nothing else. What that thread still computes is nonsense that nobody reads. */
+void hobbit_model_abandon(struct hobbit_model *model);
 /* What a context (also one of a model loaded with no_alloc) holds outside our arena. */
 void hobbit_context_memory(const struct llama_context *ctx, struct hobbit_context_memory *out);
 
-/* Make the devices of one of llama.cpp's RPC servers (HOST:PORT) known to hobbit, and the first one's name to the
- * caller; llama.cpp does not see them. `library`: ggml's RPC backend, loaded where ggml has none built in. */
+/* Make the devices of one of llama.cpp's RPC servers (HOST:PORT) known to hobbit; llama.cpp does not see them. Those of
+ * one that was lost get new names. `name` comes with the one that is wanted, or "" for the first, and leaves with what it
+ * is called now. `library`: ggml's RPC backend, loaded where ggml has none built in. */
 int32_t hobbit_rpc_connect(const char *library, const char *endpoint, char *name, size_t name_len, char *err,
                            size_t err_len);
 /* Start such a server with the CPU; returns only when it cannot, which is HOBBIT_DEVICE. For tests. */
@@ -376,11 +418,28 @@ int32_t hobbit_rpc_serve(const char *library, const char *endpoint, int32_t n_th
 void hobbit_device_names(char *names, size_t names_len);
 /* A device by ggml's name for it, ready to compute; n_threads is for the CPU's. */
 int32_t hobbit_device_open(const char *name, int32_t n_threads, struct hobbit_device **out, char *err, size_t err_len);
+int32_t hobbit_device_takes_layers(const struct hobbit_device *device); /* 0: llama.cpp would not give it any */
+int32_t hobbit_device_is_remote(const struct hobbit_device *device); /* an RPC server's */
+/* As llama.cpp's llama_model_params has `devices`, so that its layers go there, if anywhere; the device's own. */
+void *hobbit_device_for_layers(struct hobbit_device *device);
+/* A thread for calls of llama.cpp that need a device, which is NULL for any of this process: what fails there would end
+ * the process, or never return. The device outlives it; while `cancelled` is set, one that hangs is given up. */
+int32_t hobbit_caller_new(struct hobbit_device *device, const int32_t *cancelled, struct hobbit_caller **out);
+/* Have the function called there. HOBBIT_DEVICE: none is any more. */
+int32_t hobbit_caller_start(struct hobbit_caller *caller, hobbit_function *function, void *context,
+                            struct hobbit_call **out, char *err, size_t err_len);
+/* Wait for it, so many milliseconds at most; `done`: it has ended, and the call is no more; it is the status that is
+ * returned, and 1. HOBBIT_DEVICE: in vain, or it never will, but may be running still; nor will another. */
+int32_t hobbit_call_wait(struct hobbit_call *call, int32_t timeout_ms, int32_t *done, char *err, size_t err_len);
+void hobbit_caller_close(struct hobbit_caller *caller); /* NULL is fine */
+void hobbit_device_delay(struct hobbit_device *device, const struct hobbit_device_delays *delays); /* before it is used */
 void hobbit_device_describe(const struct hobbit_device *device, struct hobbit_device_info *out);
 /* Give the model's experts memory there, once, after hobbit_model_allocate. What is there is computed there while the
  * rest is computed here. If the device fails, the computation that needs it does, and later ones do without. */
 int32_t hobbit_model_use_device(struct hobbit_model *model, struct hobbit_device *device,
                                 const struct hobbit_device_plan *plan, char *err, size_t err_len);
+/* Who computes what from the next layer on. */
+int32_t hobbit_model_set_dispatch(struct hobbit_model *model, int32_t dispatch);
 void hobbit_device_close(struct hobbit_device *device); /* after its model; NULL is fine */
 
 /* Whether rows of one ggml_type can be made into another, and whether making that type takes an importance. */

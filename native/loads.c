@@ -135,12 +135,11 @@ void hb_model_begin(struct hobbit_model *m, int32_t group, int32_t n_tokens, int
 int32_t hb_model_look_up(struct hobbit_model *m, struct hb_key key, const struct hb_share *shares, int32_t n_shares) {
     int32_t slot = hb_cache_find_shared(m->cache, key, shares, n_shares);
     m->used[hb_model_number(m, key)]++;
+    hb_model_count(m, key.group, slot >= 0);
     if (slot >= 0) {
         hb_cache_pin(m->cache, key, true);
         count_used(m, &bank_of(m, key)->loads[slot]);
-        atomic_fetch_add(&m->counters.hits, 1);
     } else {
-        atomic_fetch_add(&m->counters.misses, 1);
         if (key.precision == HOBBIT_HIGH && hb_model_has(m, (struct hb_key) {key.group, key.expert, HOBBIT_LOW})) {
             atomic_fetch_add(&m->counters.promotions, 1);
         }
@@ -173,16 +172,22 @@ static enum hb_fetch try_fetch(struct hobbit_model *m, struct hb_key key, int32_
     return HB_FETCH_WAIT; /* a low copy that is being read with its high one, or a read that was given up */
 }
 
+void hb_model_drop_replaced(struct hobbit_model *m, struct hb_key key) {
+    struct hb_key high = hb_key_in(key, HOBBIT_HIGH), low = hb_key_in(key, HOBBIT_LOW);
+    bool replaces = !m->rule.deterministic && !m->low_kept && hb_cache_peek(m->cache, high) >= 0;
+    if (replaces && hb_cache_peek(m->cache, low) >= 0 && !hb_cache_is_pinned(m->cache, low)) {
+        hb_cache_drop(m->cache, low); /* promoted: see hb_model_choose */
+    }
+}
+
 static void count_arrival(struct hobbit_model *m, struct hb_key key, bool background) {
     if (key.precision == HOBBIT_LOW) {
         uint64_t bytes = m->catalog.groups[key.group].copies[HOBBIT_LOW].expert_bytes;
         atomic_fetch_add(&m->counters.read_low_bytes, bytes);
         return;
     }
-    /* Not the low one of a copy that nobody asked for: it may be in use. */
-    bool replaces = !background && !m->rule.deterministic && !m->low_kept;
-    if (replaces && hb_cache_peek(m->cache, hb_key_in(key, HOBBIT_LOW)) >= 0) {
-        hb_cache_drop(m->cache, hb_key_in(key, HOBBIT_LOW)); /* promoted: see hb_model_choose */
+    if (!background) { /* not the low one of a copy that nobody asked for: it may be in use soon */
+        hb_model_drop_replaced(m, key);
     }
 }
 

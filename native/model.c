@@ -49,8 +49,9 @@ int32_t hobbit_model_open(const struct hobbit_options *o, struct hobbit_model **
     enum hobbit_status status = hb_catalog_open(&m->catalog, o, err, err_len);
     if (status == HOBBIT_OK) {
         m->used = calloc((size_t) m->catalog.n_experts, sizeof *m->used);
+        m->look_ups = calloc((size_t) m->catalog.n_groups, sizeof *m->look_ups);
         m->routers = calloc((size_t) m->catalog.n_groups, sizeof *m->routers);
-        status = m->used != NULL && m->routers != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
+        status = m->used != NULL && m->look_ups != NULL && m->routers != NULL ? HOBBIT_OK : HOBBIT_NOMEM;
     }
     if (status == HOBBIT_OK) {
         status = copy_extents(m, o);
@@ -136,7 +137,8 @@ static void release_arena(struct hobbit_model *m) {
         for (int32_t p = 0; p < HOBBIT_PRECISIONS; p++) {
             free(m->pools[i].banks[p].loads);
         }
-        hb_space_release(m->pools[i].space, m->pools[i].space_bytes);
+        m->keeps_space ? hb_space_drop(m->pools[i].space, m->pools[i].space_bytes)
+                       : hb_space_release(m->pools[i].space, m->pools[i].space_bytes);
     }
     free(m->pools);
     m->pools = NULL;
@@ -289,6 +291,12 @@ int32_t hobbit_stream_close(void *file) {
     return fclose(file);
 }
 
+void hobbit_model_abandon(struct hobbit_model *m) {
+    for (int32_t i = 0; m->pools != NULL && i < m->n_pools; i++) {
+        hb_space_drop(m->pools[i].space, m->pools[i].space_bytes);
+    }
+}
+
 void hobbit_model_close(struct hobbit_model *m) {
     if (m == NULL) {
         return;
@@ -310,6 +318,7 @@ void hobbit_model_close(struct hobbit_model *m) {
     hb_rows_free(m->rows);
     free(m->asked_at);
     free(m->used);
+    free(m->look_ups);
     free(m->routers);
     hb_forecast_free(m->forecast);
     hb_map_predictor_free(m->map_predictor);
@@ -365,7 +374,14 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
         .n_slots = (int32_t) atomic_load(&c->n_slots),
         .device_hits = atomic_load(&c->device_hits),
         .device_pairs = atomic_load(&c->device_pairs),
+        .device_low_pairs = atomic_load(&c->device_low_pairs),
         .device_bytes = atomic_load(&c->device_bytes),
+        .device_brought = atomic_load(&c->device_brought),
+        .split_ns = atomic_load(&c->split_ns),
+        .split_cpu_ns = atomic_load(&c->split_cpu_ns),
+        .split_device_ns = atomic_load(&c->split_device_ns),
+        .split_longer_ns = atomic_load(&c->split_longer_ns),
+        .break_even_pairs = atomic_load(&c->break_even_pairs),
         .device_ns = atomic_load(&c->device_ns),
         .device_wait_ns = atomic_load(&c->device_wait_ns),
         .device_declined = atomic_load(&c->device_declined),
@@ -379,6 +395,10 @@ void hobbit_model_stats(const struct hobbit_model *m, struct hobbit_stats *out) 
 
 void hb_model_lock(struct hobbit_model *m) {
     pthread_mutex_lock(&m->lock);
+}
+
+bool hb_model_try_lock(struct hobbit_model *m) {
+    return pthread_mutex_trylock(&m->lock) == 0;
 }
 
 void hb_model_unlock(struct hobbit_model *m) {
@@ -412,12 +432,17 @@ static void fail(struct hobbit_model *m, enum hobbit_status status, const char *
     pthread_mutex_unlock(&m->error_lock);
 }
 
+void hb_model_keep_space(struct hobbit_model *m) {
+    m->keeps_space = true;
+}
+
 void hb_model_fail(struct hobbit_model *m, const char *reason) {
     fail(m, HOBBIT_IO, reason);
 }
 
 void hb_model_device_failed(struct hobbit_model *m, const char *reason) {
-    hb_tier_abandon(m->tier);
+    hb_tier_abandon(m->tier, reason);
+    hb_model_keep_space(m);
     fail(m, HOBBIT_DEVICE, reason);
 }
 

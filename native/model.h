@@ -28,9 +28,17 @@ struct hb_counters {
     atomic_uint_fast64_t predict_ns, manage_ns;
     atomic_uint_fast64_t read_low_bytes, promotions, stand_ins, scored, unscored;
     atomic_uint_fast64_t pairs[HOBBIT_SKIP + 1]; /* by precision */
-    atomic_uint_fast64_t device_hits, device_pairs, device_bytes, device_ns, device_wait_ns, device_declined;
+    atomic_uint_fast64_t device_hits, device_pairs, device_low_pairs, device_bytes, device_ns, device_wait_ns;
+    atomic_uint_fast64_t device_declined;
+    atomic_uint_fast64_t device_brought, split_ns, split_cpu_ns, split_device_ns, split_longer_ns;
+    atomic_uint_fast64_t break_even_pairs; /* not a sum: as of now */
     atomic_uint_fast64_t cache_bytes, n_slots; /* of the arena as it is: stats are asked for while it is exchanged */
     atomic_uint_fast64_t predictor; /* hb_model_predictor: stats are asked for while it changes */
+};
+
+/* Of one group. */
+struct hb_look_ups {
+    atomic_uint_fast64_t hits, misses;
 };
 
 /* What calibration gathers; see hobbit_model_observe and hobbit_model_collect. NULL where it is not wanted. */
@@ -47,6 +55,7 @@ struct hb_arena {
 };
 
 void hb_model_lock(struct hobbit_model *model);
+bool hb_model_try_lock(struct hobbit_model *model);
 void hb_model_unlock(struct hobbit_model *model);
 bool hb_model_ready(const struct hobbit_model *model); /* the arena is allocated */
 
@@ -67,7 +76,7 @@ bool hb_model_cancelled(const struct hobbit_model *model);
  *   low     high          low          high    read low
  *   skip    high          low          high    skip
  *
- * A copy that is there costs nothing, so the better one is used. When a promoted high copy has arrived the low one is
+ * What is on the device is cached here too. A copy that is there costs nothing, so the better one is used. When a promoted high copy has arrived the low one is
  * dropped: it would never be used beside it. An evicted high copy is not demoted: its low copy is read when it is
  * asked for. With a deterministic rule the need decides alone, and both copies may stay.
  *
@@ -85,7 +94,8 @@ bool hb_model_schedule(struct hobbit_model *model, int32_t group, int32_t n, con
                        int32_t *precisions);
 bool hb_model_has_schedule(const struct hobbit_model *model);
 struct hb_trace *hb_model_trace(const struct hobbit_model *model); /* what routing is written to, or NULL */
-bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is cached */
+bool hb_model_has(const struct hobbit_model *model, struct hb_key key); /* it is cached, here or on a device */
+bool hb_model_is_here(const struct hobbit_model *model, struct hb_key key); /* in the host's memory */
 /* Of router logits: take in the range of one token's, and return the mean of all so far of this group. */
 float hb_model_mean_range(struct hobbit_model *model, int32_t group, float range);
 /* Between computations: take in what was read in the background, and start what is wanted so. */
@@ -109,7 +119,8 @@ int32_t hb_model_predictor(const struct hobbit_model *model, int32_t *depth);
 /* What hb_model_choose would say now, without any consequence. */
 int32_t hb_model_expectation(const struct hobbit_model *model, int32_t group, int32_t expert, int32_t need);
 /* These copies will be used when the group is computed, with such odds, the likeliest first: those cached are
- * protected until then; the others are read while nothing else is, unless the odds are poor. Returns whether all are
+ * protected until then; the others are read while nothing else is, unless the odds are poor. With a device, those
+ * cached are offered to it, too. Returns whether all are
  * cached, which is to say that looking further ahead pays. */
 bool hb_model_expect(struct hobbit_model *model, int32_t group, int32_t n, const int32_t *experts,
                      const int32_t *precisions, const float *odds);
@@ -132,19 +143,23 @@ struct hb_arrival {
 struct hb_arrival hb_model_arrival(struct hobbit_model *model, bool wait);
 void hb_model_release(struct hobbit_model *model, struct hb_key key);
 
-/* --- experts that are on a device; the tier must be there for look_up and offer --- */
+/* --- experts that are on a device; the tier must be there for `bring` --- */
 
 struct hb_tier *hb_model_tier(const struct hobbit_model *model); /* NULL: there is none, or it was lost */
+/* Addresses of experts stay valid for as long as the process lives: a lost device may come back, and read them. */
+void hb_model_keep_space(struct hobbit_model *model);
 void hb_model_set_tier(struct hobbit_model *model, struct hb_tier *tier); /* once; takes the lock; the model frees it */
 bool hb_model_is_there(const struct hobbit_model *model, struct hb_key key);
-/* A use by so many pairs: its slot there, pinned, and a hit is counted; or -1. */
-int32_t hb_model_look_up_there(struct hobbit_model *model, struct hb_key key, int32_t n_pairs);
-/* Of a copy that was just used: it goes there if it is cached here and that is worth it. */
+/* Count a look-up that found it there. */
+void hb_model_hit_there(struct hobbit_model *model, struct hb_key key);
+/* It goes there if it is cached here and that is worth it. Does nothing without a device. */
 void hb_model_offer(struct hobbit_model *model, struct hb_key key);
+/* Copy what is cached here to the device for the layer that is being computed: see hb_tier_bring. */
+enum hb_brought hb_model_bring(struct hobbit_model *model, struct hb_key key);
 /* Take in what has arrived there: the copies here are no longer pinned. `wait` for the next. False: nothing did. */
 bool hb_model_take_uploads(struct hobbit_model *model, bool wait);
 void hb_model_end_uploads(struct hobbit_model *model); /* wait for all */
-void hb_model_decline(struct hobbit_model *model, int32_t group); /* see hb_tier_decline */
+void hb_model_decline(struct hobbit_model *model, int32_t group, int32_t precision); /* see hb_tier_decline */
 
 /* Give back the reads that have not begun: they arrive as failed, without an error. Those in the background end too. */
 void hb_model_withdraw(struct hobbit_model *model);

@@ -54,6 +54,7 @@ struct hobbit_model {
     struct hb_reader *reader;
     struct hb_cache *cache; /* NULL until the arena is allocated */
     struct hb_tier *tier; /* experts on a device, or NULL */
+    bool keeps_space; /* see hb_model_keep_space */
     struct hb_pool *pools;
     int32_t *pool_of_group;
     int32_t n_pools;
@@ -72,6 +73,7 @@ struct hobbit_model {
     uint64_t *asked_at; /* one an expert, with low_kept: when its missing high copy was asked for last */
     uint64_t asks;
     uint64_t *used; /* one an expert: look-ups */
+    struct hb_look_ups *look_ups; /* one a group */
     struct hb_key *warm; /* high copies to read before they are asked for; those before `next_warm` are dealt with */
     int32_t n_warm, next_warm;
     uint64_t evicted_before; /* in caches that this one took the place of */
@@ -99,12 +101,16 @@ struct hobbit_model {
     const int32_t *cancelled; /* the caller's, or NULL */
 };
 
+/* Count a look-up: for the model, and for its group. */
+void hb_model_count(struct hobbit_model *model, int32_t group, bool hit);
 /* Start reading a copy that has no slot yet; false when too much is pinned or under way. */
 bool hb_model_start_read(struct hobbit_model *model, struct hb_key key, bool background);
 /* Read nothing in the background any more, and nothing of what is wanted so. Returns when no read is under way. */
 void hb_model_end_background(struct hobbit_model *model);
 /* Start those of the warm list that there is room for, a few at a time. */
 void hb_model_warm_on(struct hobbit_model *model);
+/* The low copy beside a cached high one goes, unless it is pinned: see hb_model_choose. `key` is of either. */
+void hb_model_drop_replaced(struct hobbit_model *model, struct hb_key key);
 /* Protect no more what is expected of the group; -1: of any. */
 void hb_model_unprotect(struct hobbit_model *model, int32_t group);
 /* A pass through the layers begins: see trial.h. */

@@ -79,9 +79,9 @@ static void predict_by_gate(const struct hb_segment *s, const struct ggml_tensor
     bool more = true;
     for (int32_t ahead = 1; more && ahead <= left && ahead <= depth; ahead++) {
         int32_t group = s->group + ahead, n_used = routers[group].n_used;
-        for (int64_t token = 0; token < input->ne[1]; token++) {
+        for (int64_t token = 0; token < ggml_nrows(input); token++) {
             if (!hb_forecast_predict(forecast, routers, s->group, ahead, hb_router_row(input, token),
-                                     input->ne[1] == 1, space->experts, space->odds, space->p)) {
+                                     ggml_nrows(input) == 1, space->experts, space->odds, space->p)) {
                 return;
             }
             set_precisions(s->model, group, space, n_used);
@@ -189,8 +189,17 @@ static void predict(const struct hb_segment *s, const struct hb_routing *routing
     }
 }
 
+static bool is_idle(const struct hb_segment *s) {
+    return !any_streams(s->model, s->group) || hb_model_has_schedule(s->model);
+}
+
+bool hb_predict_wants_router(const struct hb_segment *s) {
+    int32_t depth;
+    return !is_idle(s) && hb_model_predictor(s->model, &depth) != HOBBIT_PREDICT_NONE;
+}
+
 void hb_predict(struct hb_block *memory, const struct hb_segment *s, const struct hb_routing *routing) {
-    if (!any_streams(s->model, s->group) || hb_model_has_schedule(s->model)) {
+    if (is_idle(s)) {
         return; /* there is room for all that follows; or it is not the routing that decides */
     }
     struct space space;

@@ -238,18 +238,24 @@ static void make_ids(struct hb_replicas *r, struct batch *b) {
     }
 }
 
+/* A tensor of a row a pair, each as long as those of `like`, for the caller to fill in here. */
+static struct ggml_tensor *new_gathered(struct hb_replicas *r, const struct batch *b, const struct ggml_tensor *like) {
+    struct ggml_tensor *g = new_tensor(r, like);
+    g->op = GGML_OP_NONE;
+    memset(g->src, 0, sizeof g->src);
+    set_rows(g, like->ne[0], sizeof(float), b->n_pairs);
+    put(r, g, (size_t) like->ne[0] * sizeof(float) * (size_t) b->n_pairs);
+    return g;
+}
+
 static struct ggml_tensor *gather(struct hb_replicas *r, const struct batch *b, const struct ggml_tensor *t) {
     int index = find_input(r, t);
     if (r->inputs[index].gathered != NULL) {
         return r->inputs[index].gathered;
     }
-    struct ggml_tensor *g = new_tensor(r, t);
+    struct ggml_tensor *g = new_gathered(r, b, t);
     const char *data = r->inputs[index].data;
     size_t row = (size_t) t->ne[0] * sizeof(float);
-    g->op = GGML_OP_NONE;
-    memset(g->src, 0, sizeof g->src);
-    set_rows(g, t->ne[0], sizeof(float), b->n_pairs);
-    put(r, g, row * (size_t) b->n_pairs);
     char *rows = here(r, g);
     FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
         memcpy(rows + (size_t) at * row, hb_shape_row(t, data, r->routing->n[i], r->routing->token[i]), row);
@@ -264,12 +270,8 @@ static struct ggml_tensor *gather(struct hb_replicas *r, const struct batch *b, 
 
 /* What an ADD_ID adds, a row a pair. */
 static struct ggml_tensor *gather_biases(struct hb_replicas *r, const struct batch *b, const struct ggml_tensor *of) {
-    struct ggml_tensor *g = new_tensor(r, of);
+    struct ggml_tensor *g = new_gathered(r, b, of);
     size_t row = (size_t) of->ne[0] * sizeof(float);
-    g->op = GGML_OP_NONE;
-    memset(g->src, 0, sizeof g->src);
-    set_rows(g, of->ne[0], sizeof(float), b->n_pairs);
-    put(r, g, row * (size_t) b->n_pairs);
     char *rows = here(r, g);
     FOR_EACH_PAIR(b->experts, b->n_experts, e, i, at) {
         memcpy(rows + (size_t) at * row, (const char *) of->data + (size_t) b->experts[e]->expert * of->nb[1], row);
@@ -388,18 +390,22 @@ void hb_replicas_adopt(struct hb_replicas *r, const struct hb_replicas *like) {
     r->token_scale = like->token_scale;
     memcpy(r->inputs, like->inputs, sizeof r->inputs);
     r->n_inputs = like->n_inputs;
-    r->pair_bytes = like->pair_bytes;
+}
+
+static int64_t pair_bytes_there(const struct hb_replicas *r) {
+    int64_t bytes = r->pair_bytes;
     for (int i = 0; i < r->segment->n_nodes; i++) {
         const struct ggml_tensor *node = r->segment->nodes[i];
         if (node->op == GGML_OP_ADD_ID) {
-            r->pair_bytes += (int64_t) hb_block_round((size_t) node->ne[0] * sizeof(float));
+            bytes += (int64_t) hb_block_round((size_t) node->ne[0] * sizeof(float));
         }
     }
+    return bytes;
 }
 
-int64_t hb_replicas_place_pairs(const struct hb_replicas *r, int32_t n_slots) {
-    int64_t slack = (int64_t) (OTHER_TENSORS + HB_SEGMENT_NODES) * (int64_t) r->place.align;
-    int64_t by_rows = ((int64_t) r->place.bytes - slack) / r->pair_bytes;
+int64_t hb_replicas_place_pairs(const struct hb_replicas *r, const struct hb_place *place, int32_t n_slots) {
+    int64_t slack = (int64_t) (OTHER_TENSORS + HB_SEGMENT_NODES) * (int64_t) place->align;
+    int64_t by_rows = ((int64_t) place->bytes - slack) / pair_bytes_there(r);
     int64_t by_table = ROW_TABLE_BYTES / ROW_TABLE_ENTRY / n_slots;
     int64_t pairs = by_rows < by_table ? by_rows : by_table;
     return pairs > 0 ? pairs : 0;

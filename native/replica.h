@@ -78,8 +78,8 @@ bool hb_replicas_build(struct hb_replicas *r, struct hb_arena arena, const struc
 
 /* Continue the segment of `like`, from its first batch on: after hb_replicas_keep_inputs. */
 void hb_replicas_adopt(struct hb_replicas *r, const struct hb_replicas *like);
-/* Most pairs a batch there can have; 0: not one. */
-int64_t hb_replicas_place_pairs(const struct hb_replicas *r, int32_t n_slots);
+/* Most pairs of the segment that a batch there can have; 0: not one. */
+int64_t hb_replicas_place_pairs(const struct hb_replicas *r, const struct hb_place *place, int32_t n_slots);
 /* Build r->nodes, and gather what they need in the replicas' own memory. This and scattering asks nothing of the device;
  * what is between them knows nothing of the segment, so that it may come to an end after the segment did. */
 void hb_replicas_build_there(struct hb_replicas *r, const struct hb_stacks *stacks,

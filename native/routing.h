@@ -15,6 +15,7 @@ struct hb_routed {
     int32_t first, n_pairs;
     int32_t slot; /* the rest is the computation's */
     int32_t state;
+    bool to_device;
 };
 
 struct hb_routing {

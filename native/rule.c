@@ -5,7 +5,8 @@ static bool is_patient(const struct hb_rule *rule, const struct hb_wanted *wante
 }
 
 static bool has_low_cached(const struct hb_cache *cache, const struct hb_wanted *wanted) {
-    return hb_cache_peek(cache, (struct hb_key) {wanted->high.group, wanted->high.expert, HOBBIT_LOW}) >= 0;
+    struct hb_key low = {wanted->high.group, wanted->high.expert, HOBBIT_LOW};
+    return wanted->low_elsewhere || hb_cache_peek(cache, low) >= 0;
 }
 
 /* With patience: whether the low copy has to do this time too. */

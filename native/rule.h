@@ -22,6 +22,7 @@ struct hb_wanted {
     struct hb_key high; /* the expert, in high precision */
     int32_t need;       /* HOBBIT_HIGH, LOW or SKIP */
     bool elsewhere;     /* its high copy is at hand though it is not cached: on a device */
+    bool low_elsewhere; /* and its low one */
     bool has_low;       /* the model has a low copy of it */
     uint16_t *in_vain;  /* how often its high copy was needed since it was read last */
 };

@@ -10,6 +10,7 @@
 
 struct ggml_cgraph;
 struct hobbit_model;
+struct hb_seen;
 
 #define HB_SEGMENT_NODES 64
 
@@ -17,6 +18,7 @@ struct hobbit_model;
 struct hb_weight {
     struct hobbit_model *model;
     const struct hb_matrix *matrix;
+    struct hb_seen *seen; /* or NULL */
 };
 
 extern const char hb_buffer_type_name[]; /* identifies our weights, by address */

@@ -15,6 +15,19 @@ void hobbit_model_usage(struct hobbit_model *m, uint64_t *counts) {
     hb_model_unlock(m);
 }
 
+void hb_model_count(struct hobbit_model *m, int32_t group, bool hit) {
+    struct hb_look_ups *of_group = &m->look_ups[group];
+    atomic_fetch_add(hit ? &m->counters.hits : &m->counters.misses, 1);
+    atomic_fetch_add(hit ? &of_group->hits : &of_group->misses, 1);
+}
+
+void hobbit_model_look_ups(const struct hobbit_model *m, uint64_t *hits, uint64_t *misses) {
+    for (int32_t i = 0; i < m->catalog.n_groups; i++) {
+        hits[i] = atomic_load(&m->look_ups[i].hits);
+        misses[i] = atomic_load(&m->look_ups[i].misses);
+    }
+}
+
 /* Whether a read would evict nothing. A nested high copy may need room for its low one too. */
 static bool fits(const struct hobbit_model *m, struct hb_key key) {
     struct hb_key low = hb_key_in(key, HOBBIT_LOW);
@@ -80,7 +93,9 @@ int32_t hobbit_model_warm(struct hobbit_model *m, const int32_t *groups, const i
 }
 
 int32_t hobbit_model_settle(struct hobbit_model *m) {
-    hb_model_lock(m);
+    if (!hb_model_try_lock(m)) {
+        return 1;
+    }
     if (m->cache != NULL) {
         hb_model_settle(m);
     }

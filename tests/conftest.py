@@ -12,11 +12,18 @@ from typing import NoReturn
 import pytest
 from gates import Bench
 
+from hobbit import llama
+from hobbit.planning.parts import PROCESS_RESIDENT
+
 # Building the demo takes minutes, so it is shared between runs of the tests.
 _CACHE = os.environ.get("HOBBIT_TEST_CACHE") or str(Path.home() / ".cache" / "hobbit")
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hobbit-device", help="ggml's name of a device, for test_device_gates.py")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +49,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a test tried to use the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def process_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have plans made for a process that only runs a model.
+
+    That which runs all tests grows to a GiB, and while a test compares two plans.
+    """
+    monkeypatch.setattr(llama, "resident_bytes", lambda: PROCESS_RESIDENT)
 
 
 @pytest.fixture(scope="module")

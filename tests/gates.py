@@ -19,7 +19,7 @@ import tiny
 import hobbit
 from hobbit._native import lib
 from hobbit.gguf_file import open_gguf
-from hobbit.layout import Layout, build_layout
+from hobbit.layout import Layout, build_layout, used_key
 from hobbit.stats import Stats
 from hobbit.stock import Job, Logits, StockProcess, collect
 from hobbit.verify import cache_bytes
@@ -38,7 +38,7 @@ class Bench:
 
     folder: Path
     _models: dict[str, Path] = field(default_factory=dict)
-    _expected: dict[tuple[Path, Job], Logits] = field(default_factory=dict)
+    _expected: dict[tuple[Path, Job, int | None], Logits] = field(default_factory=dict)
     _stock: StockProcess | None = None
 
     def model(self, name: str, make: Callable[[Path], Path]) -> Path:
@@ -52,17 +52,21 @@ class Bench:
         name = f"{arch}-{zlib.crc32(repr(changes).encode()):08x}" if changes else arch
         return self.model(name, lambda path: tiny.make(path, arch, **changes))
 
-    def stock(self, path: Path, job: Job = JOB) -> Logits:
+    def stock(self, path: Path, job: Job = JOB, n_expert_used: int | None = None) -> Logits:
         """Return stock's logits; raise DecodeFailed where stock cannot run the job."""
-        if (path, job) not in self._expected:
+        key = path, job, n_expert_used
+        if key not in self._expected:
             if self._stock is None:
                 self._stock = StockProcess()
+            told = None if n_expert_used is None else {used_key(open_gguf(path)): n_expert_used}
             try:
-                (self._expected[path, job],) = self._stock.logits(path, [job], mmap=False)
+                (self._expected[key],) = self._stock.logits(
+                    path, [job], mmap=False, kv_overrides=told
+                )
             except Exception:
                 self.close()  # an abort took the child with it
                 raise
-        return self._expected[path, job]
+        return self._expected[key]
 
     def close(self) -> None:
         if self._stock is not None:

@@ -9,13 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from hobbit.devices import connect
 from hobbit.errors import DeviceError
 
 # It ends when its stdin does, so that it never outlives the tests.
 _SERVER = """
-import os, sys, threading
+import ctypes, os, sys, threading
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: nor when it is stopped
 from hobbit.devices import serve
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 serve(sys.argv[1])
@@ -35,23 +38,28 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def start_again(self) -> None:
+        """Where it was."""
+        self.process, _ = _started(self.endpoint)
+
 
 @contextlib.contextmanager
 def running(connects: bool = True) -> Iterator[Server]:
     """Start a server; unless it `connects` from this process, `device` is left empty."""
     process, endpoint = _started()
+    server = Server(endpoint, "", process)
     try:
-        yield Server(endpoint, connect(endpoint) if connects else "", process)
+        server.device = connect(endpoint) if connects else ""
+        yield server
     finally:
-        process.kill()
-        process.wait()
+        server.kill()
 
 
-def _started() -> tuple[subprocess.Popen[str], str]:
+def _started(at: str = "") -> tuple[subprocess.Popen[str], str]:
     """Return a server that listens; a port that somebody took meanwhile is tried no more."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
-        endpoint = f"127.0.0.1:{_free_port()}"
+        endpoint = at or f"127.0.0.1:{_free_port()}"
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVER, endpoint],
             stdin=subprocess.PIPE,
@@ -74,3 +82,15 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code that may lose a device; it can import what is in this folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parent,
+    )

@@ -27,7 +27,7 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of `no_network`: the server under test may be reached, and nothing else."""
 
     def connect(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), address
+        assert self.family == socket.AF_UNIX or address[0].startswith(("127.", "::1")), address
         _connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
@@ -64,7 +64,8 @@ class Server:
 
     def stream(self, path: str, body: Any) -> Any:
         """Return a response whose lines come as they are sent."""
-        request = urllib.request.Request(self.url + path, data=json.dumps(body).encode())
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data)
         return urllib.request.urlopen(request, timeout=120)
 
     def stream_get(self, path: str) -> Any:
@@ -111,6 +112,9 @@ def served(
             server.lines.append(line.rstrip())
             if line.startswith("listening on "):
                 server.url = line.split()[2]
+            if line.startswith("{") and "url" in (said := json.loads(line)):
+                server.url = said["url"]
+                break
             if line == "ready\n":
                 break
         assert server.url, server.lines

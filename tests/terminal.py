@@ -16,6 +16,11 @@ import pyte
 PATIENCE_S = 60
 
 
+def _hangs_up() -> None:
+    """In the new process: a hang-up counts, also where the tests were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Terminal:
     """The screen of a running program; `scrolled` are the lines that have left it at the top."""
 
@@ -24,7 +29,12 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.process = pexpect.spawn(
-            command[0], command[1:], dimensions=(rows, columns), env=env, timeout=PATIENCE_S
+            command[0],
+            command[1:],
+            dimensions=(rows, columns),
+            env=env,
+            timeout=PATIENCE_S,
+            preexec_fn=_hangs_up,
         )
         # A terminal answers when it is asked where the cursor is.
         self.screen.write_process_input = self.process.send
@@ -79,7 +89,11 @@ class Terminal:
 
     def exit_code(self) -> int:
         """Wait for the end of the program."""
+        end = time.monotonic() + PATIENCE_S
         while True:
+            if time.monotonic() > end:
+                self.process.kill(signal.SIGKILL)
+                raise AssertionError(f"it goes on and on; the screen:\n{self.text}")
             try:
                 data = self.process.read_nonblocking(65536, PATIENCE_S)
             except pexpect.EOF:

@@ -307,7 +307,7 @@ def test_a_breakdown_adds_up(model: Path) -> None:
     # Of the run whose time is the median, a token.
     assert decode["breakdown"] == pytest.approx(
         {"total_s": 1.0, "compute_s": 0.1, "stall_s": 0.2, "manage_s": 0.05, "predict_s": 0.01,
-         "rest_s": 0.64}
+         "device_wait_s": 0.0, "rest_s": 0.64}
     )  # fmt: skip
     assert "| exact |  1000.00 |  100.00 | 200.00 | 50.00 |      10.00 | 640.00 |" in as_markdown(
         [decode], breakdown=True
@@ -357,7 +357,7 @@ def test_stock_is_told_by_what_its_disk_gave(model: Path) -> None:
     assert (row["mib_per_token"], row["hit_rate"], row["roofline"]) == (4.0, None, None)
     assert row["breakdown"] == {
         "total_s": 0.5, "compute_s": None, "stall_s": None, "manage_s": None, "predict_s": None,
-        "rest_s": None,
+        "device_wait_s": None, "rest_s": None,
     }  # fmt: skip
     assert "1.0 GiB" in as_markdown([row])
 

@@ -11,6 +11,7 @@ import tiny
 import hobbit
 from hobbit.chat.commands import Commands, words
 from hobbit.chat.display import Display
+from hobbit.chat.prompts import Prompts
 from hobbit.chat.session import Session
 from hobbit.chat.settings import PARAMETERS, parameter_rows, with_parameter
 from hobbit.chat.view import Live
@@ -172,10 +173,10 @@ def test_settings(commands: Commands) -> None:
     commands.keep_history = kept.append
     for line in ("verbose", "nowordwrap", "nohistory", "history"):
         commands.run(f"/set {line}")
-    assert (display.verbose, display.quiet, display.wordwrap) == (True, False, False)
+    assert (display.stats, display.quiet, display.wordwrap) == ("full", False, False)
     assert kept == [False, True]
     commands.run("/set quiet")
-    assert (display.verbose, display.quiet) == (False, True)
+    assert (display.stats, display.quiet) == ("none", True)
     commands.run("/set system Speak in rhymes")
     assert commands.session.system == "Speak in rhymes"
     commands.run("/set nothink")
@@ -187,7 +188,7 @@ def test_settings(commands: Commands) -> None:
 
 
 def test_a_template_without_a_switch(commands: Commands) -> None:
-    commands.session.template.switches_thinking = False
+    commands.session.prompts = Prompts(commands.session.llm, raw=True)
     with pytest.raises(UsageError, match="no switch for thinking"):
         commands.run("/set think")
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import pyte
 import pytest
 
 from hobbit.chat.flow import Lines, Thoughts, WithoutThoughts
 from hobbit.chat.screen import is_open, unquoted
-from hobbit.chat.view import cut, filled, sparkline
+from hobbit.chat.view import cut
 
 STORY = "Once upon a time there was a hobbit who lived in a hole under a hill. " * 4
 
@@ -125,10 +123,3 @@ def test_numbers_are_cut_to_the_width() -> None:
     assert cut(line, 80) == line
     assert cut(line, 25) == "4.8 tok/s | hit 71 %"
     assert cut(line, 5) == ""
-
-
-def test_bars() -> None:
-    assert filled(0.5, 4) == "██░░"
-    assert filled(2.0, 4) == "████"
-    assert sparkline(deque([0.0, 1.0, 2.0]), 2) == "▄█"
-    assert sparkline(deque(), 9) == ""

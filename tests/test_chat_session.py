@@ -16,14 +16,19 @@ from mixed import pair
 
 import hobbit
 from hobbit.chat import transcript
+from hobbit.chat.display import Display
 from hobbit.chat.interrupts import Interrupts
+from hobbit.chat.loop import Chat
+from hobbit.chat.prompts import Prompts
 from hobbit.chat.session import Session
-from hobbit.chat.template import ChatTemplate
 from hobbit.chat.transcript import Message
+from hobbit.chat.view import Live
+from hobbit.cli.signals import Terminated
 from hobbit.errors import Cancelled, HobbitError, ReadError, UsageError
 from hobbit.generate import Sampling
 from hobbit.options import Options
 from hobbit.quality import Quality
+from hobbit.render import Screen
 from hobbit.rule import Rule
 
 ARGUMENTS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "memory": "1G"}
@@ -58,7 +63,7 @@ def contents(session: Session) -> list[str]:
 
 def whole(session: Session) -> int:
     """Return how many tokens the conversation has."""
-    template = session.template
+    template = session.prompts
     return len(template.tokens(template.render(session.messages)))
 
 
@@ -69,7 +74,7 @@ def test_a_turn_evaluates_what_is_new_and_nothing_else(session: Session) -> None
     assert (first.result.finish_reason, first.result.text) == ("stop", " the of and")
     before = len(session.llm.eval_tokens)
     second = session.ask("and the sky", mute)
-    new = session.template.tokens("</s>user:and the sky</s>assistant:")
+    new = session.prompts.tokens("</s>user:and the sky</s>assistant:")
     assert second.result.stats.tokens_prompt == len(new)
     assert len(session.llm.eval_tokens) == before + len(new) + second.result.stats.tokens_generated
     assert second.result.stats.tokens_prompt < whole(session) - len(new)
@@ -212,17 +217,17 @@ def test_a_message_longer_than_the_context(session: Session) -> None:
 
 
 def test_the_template_is_told_to_think_or_not(session: Session) -> None:
-    assert session.template.switches_thinking
+    assert session.prompts.switches_thinking
     question = [Message("user", "x")]
-    assert session.template.render(question).endswith("assistant:")
-    assert session.template.render(question, False).endswith("assistant: no")
+    assert session.prompts.render(question).endswith("assistant:")
+    assert session.prompts.render(question, False).endswith("assistant: no")
 
 
 def test_a_template_that_fails_is_one_error(llm: hobbit.Llama, session: Session) -> None:
     metadata = {**llm.metadata, "tokenizer.chat_template": "{{ raise_exception('roles') }}"}
     kept, llm.metadata = llm.metadata, metadata
     try:
-        session.template = ChatTemplate(llm)
+        session.prompts = Prompts(llm)
     finally:
         llm.metadata = kept
     with pytest.raises(HobbitError, match="the model's chat template fails: roles"):
@@ -233,8 +238,8 @@ def test_a_template_that_fails_is_one_error(llm: hobbit.Llama, session: Session)
 def test_raw_texts_follow_each_other(llm: hobbit.Llama) -> None:
     session = Session(llm, SAMPLING, Options(raw=True))
     messages = [Message("user", "a"), Message("assistant", " b"), Message("user", "c")]
-    assert session.template.render(messages) == "a b\nc"
-    assert session.template.tokens("a")[0] == llm.token_bos()
+    assert session.prompts.render(messages) == "a b\nc"
+    assert session.prompts.tokens("a")[0] == llm.token_bos()
 
 
 def test_an_interrupt_waits_for_what_is_half_done() -> None:
@@ -326,11 +331,14 @@ def test_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_line_is_a_message(session: Session, tmp_path: Path) -> None:
-    session.messages = [Message("user", "é\n")]
+    session.messages = [Message("user", "é\n\u2028\x85")]
     session.save(tmp_path / "c.jsonl")
-    lines = (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [{"role": "user", "content": "é\n"}]
-    assert "é" in lines[0]
+    line = (tmp_path / "c.jsonl").read_text(encoding="utf-8")
+    assert json.loads(line) == {"role": "user", "content": "é\n\u2028\x85"}
+    assert line.startswith('{"role": "user", "content": "é')
+    other = Session(session.llm, SAMPLING)
+    other.load(tmp_path / "c.jsonl")
+    assert other.messages == session.messages
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,3 +431,61 @@ def test_a_model_that_cannot_be_loaded_again_is_loaded_as_it_was(qualities: Any)
         assert len(session.messages) == 4
     finally:
         session.close()
+
+
+def chat_with(session: Session) -> Chat:
+    display = Display(Live(session.llm), mute, screen_codes=False, quiet=True)
+    return Chat(session, display, Screen(quiet=True))
+
+
+def test_ctrl_c_waits_for_a_model_that_is_loaded_again(qualities: Any) -> None:
+    high, _ = qualities
+
+    def load(options: Options, quality: Quality) -> hobbit.Llama:
+        if quality.name == "fast":
+            os.kill(os.getpid(), signal.SIGINT)
+        return hobbit.Llama(str(high), quality=quality, **ARGUMENTS)
+
+    options = Options(raw=True)
+    session = Session(load(options, Quality("exact", Rule())), SAMPLING, options, load=load)
+    try:
+        chat = chat_with(session)
+        chat._do("/quality fast", instead=False)
+        assert session.llm.quality.name == "fast"
+        chat._do("the sea", instead=False)
+        assert len(session.messages) == 2
+    finally:
+        session.close()
+
+
+def test_a_chat_whose_model_is_lost_ends(qualities: Any) -> None:
+    high, _ = qualities
+    loads = []
+
+    def load(options: Options, quality: Quality) -> hobbit.Llama:
+        loads.append(quality.name)
+        if len(loads) > 1:
+            raise hobbit.PlanError("too small", 1)
+        return hobbit.Llama(str(high), quality=quality, **ARGUMENTS)
+
+    options = Options(raw=True)
+    session = Session(load(options, Quality("exact", Rule())), SAMPLING, options, load=load)
+    with pytest.raises(HobbitError, match="could not be loaded as it was: too small"):
+        chat_with(session)._do("/quality fast", instead=False)
+    assert loads == ["exact", "fast", "exact"]
+    session.close()
+
+
+def test_a_kill_while_the_model_is_loaded_again_ends_the_chat(qualities: Any) -> None:
+    high, _ = qualities
+
+    def load(options: Options, quality: Quality) -> hobbit.Llama:
+        if quality.name == "fast":
+            raise Terminated(signal.SIGTERM)
+        return hobbit.Llama(str(high), quality=quality, **ARGUMENTS)
+
+    options = Options(raw=True)
+    session = Session(load(options, Quality("exact", Rule())), SAMPLING, options, load=load)
+    with pytest.raises(Terminated):
+        chat_with(session)._do("/quality fast", instead=False)
+    session.close()

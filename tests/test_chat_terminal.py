@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import stat
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,39 @@ def test_answers_are_on_stdout_and_the_rest_is_not(model: Path, tmp_path: Path) 
     after = screen.lines[screen.lines.index(">>> the sea") + 1]
     assert len(after.split()) > 2
     assert "\x1b" not in err
+
+
+def test_what_is_said_of_an_answer(model: Path, tmp_path: Path) -> None:
+    """--stats, until /set changes it; as JSON in one piece, whatever the terminal's width."""
+    for kind, ending in (("none", ""), ("full", "eval rate:"), ("json", "")):
+        hobbit = [sys.executable, "-m", "hobbit", "run", str(model), *SHORT, "--stats", kind]
+        err = tmp_path / kind
+        command = ["sh", "-c", f'exec "$@" 2>{err}', "sh", *hobbit]
+        with terminal.on_terminal(command, 80, 24) as screen:
+            ready(screen)
+            banner = len(err.read_text())
+            screen.enter("the sea")
+            said = err.read_text()[banner:]
+            assert ending in said and ("[12 tok" in said) == (kind == "full")
+            if kind == "json":
+                found = json.loads(said)
+                assert found["usage"]["completion_tokens"] == 12 and "text" not in found
+            if kind == "none":
+                assert said == ""
+                screen.enter("/set verbose")
+                screen.enter("the sky")
+                assert "eval rate:" in err.read_text()
+            screen.type("/bye\r")
+            assert screen.exit_code() == 0
+
+
+def test_a_file_is_for_one_answer(model: Path, tmp_path: Path) -> None:
+    with started("run", model, *SHORT, "-o", tmp_path / "a", columns=300) as screen:
+        assert screen.exit_code() == 2
+        (line,) = screen.lines
+    wanted = "takes one answer: give a prompt with -p; /save is for a chat"
+    assert line == f"hobbit: error: -o {tmp_path}/a: {wanted}"
+    assert not (tmp_path / "a").exists()
 
 
 def test_ways_to_type(model: Path, tmp_path: Path) -> None:
@@ -169,16 +204,37 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt(model: Path) -> None:
         assert screen.exit_code() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("flags", [(), ("--panel",)])
 @pytest.mark.parametrize("busy", [False, True])
-def test_sigterm(model: Path, busy: bool) -> None:
-    with started("run", model, *ENDLESS) as screen:
+def test_who_is_killed_leaves_a_terminal_that_works(
+    model: Path, busy: bool, flags: tuple[str, ...], number: int
+) -> None:
+    with started("run", model, *ENDLESS, *flags) as screen:
+        before = termios.tcgetattr(screen.process.child_fd)
         ready(screen)
         if busy:
             screen.type("the sea\r")
             screen.wait(lambda: len(screen.text.partition(">>> the sea")[2].split()) > 20, "words")
-        screen.terminate()
-        assert screen.exit_code() == 143
+            assert screen.screen.margins is not None
+        for _ in range(2):  # as those do who want to be sure
+            screen.process.kill(number)
+        assert screen.exit_code() == 128 + number
         assert "Traceback" not in screen.text
+        assert screen.screen.margins in (None, (0, screen.screen.lines - 1))
+        assert "MiB a token" not in screen.text and " | ctx" not in screen.text
+        assert termios.tcgetattr(screen.process.child_fd) == before
+
+
+def test_a_hang_up_is_ignored_where_that_is_asked_for(model: Path) -> None:
+    hobbit = [sys.executable, "-m", "hobbit", "run", str(model), *SHORT]
+    ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *hobbit]
+    with terminal.on_terminal(ignoring, 80, 24) as screen:
+        ready(screen)
+        screen.process.kill(signal.SIGHUP)
+        screen.enter("the sea")
+        screen.type("/bye\r")
+        assert screen.exit_code() == 0
 
 
 def test_unknown_commands_and_errors_are_one_line(model: Path, tmp_path: Path) -> None:

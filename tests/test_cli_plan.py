@@ -26,13 +26,14 @@ from hobbit.layout import LowCopies
 from hobbit.memory import Cap
 from hobbit.models.catalogue import known_models
 from hobbit.planning import machine
+from hobbit.planning.estimate import EXPONENTS, hit_rate
 from hobbit.planning.feedback import LAST_RUN, SCHEMA
 from hobbit.planning.machine import _key
 from hobbit.planning.parts import Context
 from hobbit.planning.planner import WONT_FIT, forecast_of
 from hobbit.planning.subject import Subject
 from hobbit.quality import Quality
-from hobbit.rule import EXACT, Rule
+from hobbit.rule import ALL_LOW, EXACT, Rule
 
 READ = ("--read-gbps", "1", "-t", "1", "-q")
 
@@ -74,7 +75,10 @@ def test_a_plan_says_whether_and_how_fast(big: Path) -> None:
     )
     for words in ("dense", "experts", "cap", "floor:", "hits:", "first token:", "everything"):
         assert words in done.stdout
-    assert "given disk, measured processor, assumed hit rate" in done.stdout
+    assert (
+        "given disk, measured processor, assumed hit rate, which a run here would tell"
+        in done.stdout
+    )
 
 
 def test_a_plan_as_json(big: Path) -> None:
@@ -135,7 +139,7 @@ def test_flags_of_llama_server(big: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(("--vram", "8G"), 2), (("-ctk", "q9"), 2), (("--read-gbps", "0"), 2), (("-Q", "fast"), 3)],
+    [(("--vram", "8X"), 2), (("-ctk", "q9"), 2), (("--read-gbps", "0"), 2), (("-Q", "fast"), 3)],
 )
 def test_what_cannot_be_planned_is_one_line(
     big: Path, arguments: tuple[str, ...], code: int
@@ -262,6 +266,49 @@ def test_a_lossy_quality_is_planned_with_its_low_copies(tmp_path: Path) -> None:
     assert resident.low_is_resident
     assert forecast.expect(resident).disk_s == 0.0
     assert exact.expect(exact.memory(cap)).disk_s > 0
+
+
+def test_a_quality_that_needs_much_is_planned_where_it_has_it(tmp_path: Path) -> None:
+    shape = {"n_expert": 16, "n_used": 2, "n_embd": 512, "n_ff": 512, "n_layer": 4}
+    layout = layout_of(sparse.make(tmp_path / "m.gguf", "olmoe", experts=Q.Q8_0, **shape))
+    half = layout_of(sparse.make(tmp_path / "low.gguf", "olmoe", experts=Q.Q4_0, **shape))
+    low, rule = LowCopies(half.gguf, half.groups), Rule(0.5, 1.0, patience=4)
+    quality = Quality("fast", rule, low, measured=True)  # and below half nothing keeps it
+    found = Subject("m", layout, None)
+    forecast = forecast_of(found, Context(256, 256), quality, 1, read_gbps=0.05)
+    assert forecast.memory(Cap(forecast.everything - (8 << 20), "as asked")).cached_share > 0.5
+    small = forecast.row(forecast.smallest, "smallest")
+    assert (small.estimate, small.note) == (None, "smallest: too little for this quality")
+
+
+def test_all_low_is_planned_with_what_fits_of_low_copies(tmp_path: Path) -> None:
+    shape = {"n_expert": 16, "n_used": 2, "n_embd": 512, "n_ff": 512, "n_layer": 4}
+    layout = layout_of(sparse.make(tmp_path / "m.gguf", "olmoe", experts=Q.Q8_0, **shape))
+    half = layout_of(sparse.make(tmp_path / "low.gguf", "olmoe", experts=Q.Q4_0, **shape))
+    quality = Quality("low", ALL_LOW, LowCopies(half.gguf, half.groups))
+    forecast = forecast_of(Subject("m", layout, None), Context(256, 256), quality, 1, read_gbps=0.1)
+    plan = forecast.memory(Cap(forecast.everything - (32 << 20), "as asked"))
+    room = 34 / 18  # bytes of a block of each
+    assert forecast.expect(plan).hit.mid == pytest.approx(
+        hit_rate(min(plan.cached_share * room, 1), EXPONENTS.mid)
+    )
+
+
+def test_other_quantisations_of_a_known_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for kind in (12, 14):
+        everything = recall(disk.FILE)
+        compute = everything["compute"]
+        remember(disk.FILE, {"compute": compute | {_key(kind, 1): compute[_key(8, 1)]}})
+    done = hobbit("plan", "qwen3-30b-a3b:Q4_K_M", "--memory", "8G", *READ)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^about its other quantisations: .*Q8_0 \([\d.]+ GiB\) [\d.]+ tok/s", done.stdout, re.M
+    )
+    assert re.search(r"Q5_K_M \([\d.]+ GiB\) fits", done.stdout)  # its speed is not known here
+    plan = json.loads(hobbit("plan", "qwen3-30b-a3b", "--memory", "1G", "--json", *READ).stdout)
+    assert {other["fits"] for other in plan["others"]} == {False}
+    assert "Q4_K_M" not in {other["quant"] for other in plan["others"]}
 
 
 def test_the_commands_of_the_document_work(

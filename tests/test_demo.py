@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import os
 import zipfile
-from functools import cache
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -190,16 +191,16 @@ def test_download_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         demo.download(tmp_path)
 
 
-@cache
-def load(path: Path) -> llama_cpp.Llama:
+@pytest.fixture
+def llama(built: Path) -> Iterator[llama_cpp.Llama]:
     # One token at a time: longer batches use AMX kernels of llama.cpp that crash on some machines.
-    return llama_cpp.Llama(str(path), n_ctx=256, n_batch=1, logits_all=True, verbose=False)
+    arguments = {"n_ctx": 256, "n_batch": 1, "logits_all": True, "verbose": False}
+    with closing(llama_cpp.Llama(str(built), **arguments)) as loaded:
+        yield loaded
 
 
-def test_perplexity(built: Path) -> None:
-    llama = load(built)
+def test_perplexity(llama: llama_cpp.Llama) -> None:
     tokens = llama.tokenize(PARAGRAPH.encode(), add_bos=False)
-    llama.reset()
     llama.eval(tokens)
     logits = llama.scores[: len(tokens) - 1].astype(np.float64)
     likelihood = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -207,10 +208,10 @@ def test_perplexity(built: Path) -> None:
     assert perplexity < 40  # 32.0 when it was made; the dense model has 20.5
 
 
-def test_greedy_continuation_is_readable(built: Path) -> None:
+def test_greedy_continuation_is_readable(llama: llama_cpp.Llama) -> None:
     """Which words they are, and how soon it ends, differs between processors."""
     prompt = "The history of the United States"
-    answer = load(built).create_completion(prompt, max_tokens=48, temperature=0)
+    answer = llama.create_completion(prompt, max_tokens=48, temperature=0)
     words = answer["choices"][0]["text"].split()
     assert len(words) > 10
     assert len(set(words)) > len(words) / 3

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,10 @@ import pytest
 import tiny
 from gates import JOB, Bench, assert_same, layout_of, opened, run, settled
 from mixed import MIXED, mixed, pair
-from servers import Server, running
+from servers import Server, in_a_process, running
 
 import hobbit
-from hobbit.arena import Arena, DeviceInfo, plan_arena
+from hobbit.arena import DISPATCHES, Arena, DeviceInfo, plan_arena
 from hobbit.devices import Device, connect
 from hobbit.errors import DeviceError, PlanError, UsageError
 from hobbit.rule import Rule
@@ -71,7 +72,8 @@ def vram_for(path: Path, share: float) -> int:
 
 def there(server: Server, path: Path, share: float = 0.5, **more: Any) -> dict[str, Any]:
     """Return the arguments with which a share of the experts goes to the server."""
-    return {"device": server.device, "vram": vram_for(path, share), "upload": MUCH, **more}
+    there = {"device": server.device, "vram": vram_for(path, share), "upload": MUCH}
+    return {**there, "dispatch": "split", **more}
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHS)
@@ -159,21 +161,6 @@ def test_several_sequences(bench: Bench, server: Server) -> None:
         assert llm.stats.device_hits > 0
 
 
-@pytest.mark.parametrize("name", ["qwen3moe", "k-mix", "layers-differ"])
-def test_low_precision(name: str, bench: Bench, server: Server) -> None:
-    """What is low is computed here, what is high perhaps there: by a rule that decides alone."""
-    paths = pair(bench, name)
-    rule = Rule(0.3, 0.8, deterministic=True)
-    with mixed(paths, "floor", rule=rule) as llm:
-        expected = run(llm, MIXED)
-    with mixed(paths, "floor", rule=rule, **there(server, paths[0])) as llm:
-        assert_same(expected, run(llm, MIXED), name)
-        stats = llm.stats
-        assert stats.pairs_low > 0
-        assert stats.pairs_skip > 0
-        assert 0 < stats.device_pairs <= stats.pairs_high
-
-
 def test_high_copy_on_a_device_is_used(bench: Bench, server: Server) -> None:
     """What needs low gets the high copy that is there; HOBBIT's rule asks for what is at hand."""
     paths = pair(bench, "qwen3moe")
@@ -230,7 +217,7 @@ def test_the_machines_own_memory_counts(bench: Bench) -> None:
     """The CPU as a device: as with an integrated GPU, the arena is part of the cap."""
     path = bench.arch("qwen3moe")
     vram = vram_for(path, 0.5)
-    with opened(path, "floor", device="CPU", vram=vram, upload=MUCH) as llm:
+    with opened(path, "floor", device="CPU", vram=vram, upload=MUCH, dispatch="split") as llm:
         assert_same(bench.stock(path), run(llm), "CPU")
         assert llm.stats.device_hits > 0
         assert llm.plan.device is None
@@ -315,17 +302,6 @@ def test_nobody_listens() -> None:
             connect(endpoint)
 
 
-def in_a_process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-
-
 def test_who_is_no_rpc_server() -> None:
     """It hangs up, which ggml would end the process over. And then ggml can connect no more."""
     code = """
@@ -367,7 +343,8 @@ from servers import running
 
 tokens = [*range(1, 21)]
 with running() as server:
-    arguments = dict(device=server.device, vram="8M", upload="1G", cache_bytes="floor")
+    arguments = dict(device=server.device, vram="8M", upload="1G", dispatch="split",
+                 cache_bytes="floor")
     llm = hobbit.Llama(sys.argv[1], n_threads=1, n_ctx=64, logits_all=True, **arguments)
 
     def evaluate():
@@ -412,16 +389,21 @@ print("closed")
     assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
 
 
-def test_a_server_that_hangs(bench: Bench) -> None:
-    """It is waited for until the evaluation is cancelled: then that ends soon, and it is lost."""
+@pytest.mark.parametrize(("dispatch", "share"), [("split", 1.0), ("device", 0.2)])
+def test_a_server_that_hangs(dispatch: str, share: float, bench: Bench) -> None:
+    """It is waited for until the evaluation is cancelled: then that ends soon, and it is lost.
+
+    Be it in a batch, or in a copy of what is to be computed.
+    """
     code = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 import hobbit
 from hobbit.errors import DeviceError
 from servers import running
 
 with running() as server:
-    arguments = dict(device=server.device, vram="8M", upload="1G", cache_bytes="floor")
+    arguments = dict(device=server.device, vram=int(sys.argv[3]), upload="1G", dispatch=sys.argv[2],
+                     cache_bytes="floor")
     llm = hobbit.Llama(sys.argv[1], n_threads=1, n_ctx=64, **arguments)
     for _ in range(2):
         llm.reset()
@@ -429,21 +411,110 @@ with running() as server:
     os.kill(server.process.pid, signal.SIGSTOP)
     threading.Timer(0.2, llm.cancel).start()
     llm.reset()
+    start = time.monotonic()
     try:
         llm.eval([*range(1, 21)])
     except DeviceError as error:
         print(error)
+    assert time.monotonic() - start < 15
     os.kill(server.process.pid, signal.SIGCONT)
     llm.reset()
     llm.eval([*range(1, 21)])
     llm.close()
 print("goes on")
 """
-    done = in_a_process(code, bench.arch("qwen3moe"))
+    path = bench.arch("qwen3moe")
+    done = in_a_process(code, path, dispatch, vram_for(path, share))
     assert (done.returncode, done.stderr) == (0, "")
     lost, last = done.stdout.splitlines()
     assert lost.endswith("was lost: it does not answer")
     assert last == "goes on"
+
+
+# --- who computes what ---
+
+
+@pytest.mark.parametrize("cache", ["floor", "all"])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_dispatch(dispatch: str, cache: str, bench: Bench, server: Server) -> None:
+    """Whoever computes an expert, and whatever is copied meanwhile: the logits are stock's."""
+    path = bench.arch("qwen3moe")
+    with opened(path, cache, **there(server, path, 0.25, dispatch=dispatch)) as llm:
+        for when in ("cold", "warm"):
+            assert_same(bench.stock(path), run(llm, JOB), f"{dispatch}, {when}")
+        stats = settled(llm)
+    assert (stats.device_pairs > 0) or dispatch in ("cpu", "auto")
+    assert (stats.device_pairs == 0) or dispatch != "cpu"
+    assert (stats.device_brought > 0) or dispatch != "device"
+    assert (stats.device_brought == 0) or dispatch in ("device", "auto")
+    if dispatch == "device":  # but for what is too much for a batch, or finds no slot
+        assert stats.device_pairs > 0.5 * stats.pairs_high
+
+
+def test_dispatch_changes(bench: Bench, server: Server) -> None:
+    path = bench.arch("qwen3moe")
+    with opened(path, "floor", **there(server, path)) as llm:
+        for dispatch in (*DISPATCHES, *reversed(DISPATCHES)):
+            llm.set_dispatch(dispatch)
+            assert_same(bench.stock(path), run(llm, JOB), dispatch)
+        with pytest.raises(UsageError, match="dispatch both: use auto, device"):
+            llm.set_dispatch("both")
+    with opened(path, "floor") as llm, pytest.raises(UsageError, match="has no device"):
+        llm.set_dispatch("cpu")
+
+
+def test_a_slow_device_is_left_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splitting takes as long as the slower side, and no longer; auto does without it."""
+    monkeypatch.setenv("HOBBIT_DEVICE_DELAYS", "20000,0,0")
+    path, took = bench.arch("qwen3moe"), {}
+    arguments = {"device": "CPU", "vram": vram_for(path, 0.5), "upload": MUCH}
+    with opened(path, "all", dispatch="split", **arguments) as llm:
+        run(llm, JOB)
+        for dispatch in ("split", "auto"):
+            llm.set_dispatch(dispatch)
+            assert llm.dispatch == dispatch
+            start = time.perf_counter()
+            before = llm.stats
+            assert_same(bench.stock(path), run(llm, JOB), dispatch)
+            took[dispatch] = time.perf_counter() - start
+            if dispatch == "split":
+                whole = llm.stats.split_s - before.split_s
+                assert 0 < whole < 1.15 * (llm.stats.split_longer_s - before.split_longer_s)
+    assert took["auto"] < 0.5 * took["split"]
+
+
+@pytest.mark.parametrize("text", ["20", "1,2,3,4", "1,2,3,turn", "a,b,c"])
+def test_bad_delays(text: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOBBIT_DEVICE_DELAYS", text)
+    path = bench.arch("qwen3moe")
+    with pytest.raises(UsageError, match="give three numbers, like 500,20,100"):
+        opened(path, "all", device="CPU", vram=vram_for(path, 0.5)).__enter__()
+
+
+@pytest.mark.parametrize("turns", ["", ",turns"])
+def test_logits_do_not_depend_on_overlap(
+    turns: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each expert is copied for its computation, in 2 ms at least, by turns or meanwhile.
+
+    That they overlap is shown in tests/native/test_device.c.
+    """
+    path = bench.arch("qwen3moe")
+    per_mib = round(2000 * (1 << 20) / layout_of(path).groups[0].expert_bytes)
+    monkeypatch.setenv("HOBBIT_DEVICE_DELAYS", f"2000,0,{per_mib}{turns}")
+    few = {"device": "CPU", "vram": vram_for(path, 0.2), "upload": "0"}
+    with opened(path, "all", dispatch="device", **few) as llm:
+        assert_same(bench.stock(path), run(llm, JOB))
+        assert llm.stats.device_brought > 20
+
+
+def test_where_a_copy_never_pays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other case is in tests/native/test_device.c, where the costs are given."""
+    monkeypatch.setenv("HOBBIT_DEVICE_DELAYS", "0,10000,0")
+    path = bench.arch("qwen3moe")
+    with opened(path, "all", device="CPU", vram=vram_for(path, 0.5)) as llm:
+        run(llm, JOB)
+        assert llm.stats.break_even_tokens == 0
 
 
 # --- the command line ---
@@ -469,7 +540,17 @@ def command(model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_run(text_model: Path) -> None:
     plain = command(text_model, "--json")
     with running(connects=False) as server:
-        done = command(text_model, "--json", "-v", "--rpc", server.endpoint, "--vram", "16M")
+        done = command(
+            text_model,
+            "--json",
+            "-v",
+            "--rpc",
+            server.endpoint,
+            "--vram",
+            "16M",
+            "--dispatch",
+            "split",
+        )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["text"] == json.loads(plain.stdout)["text"]
@@ -488,6 +569,7 @@ def test_run(text_model: Path) -> None:
         (("--device", "CPU", "--vram", "many"), 2, "is not a size"),
         (("--rpc", "127.0.0.1:1"), 1, "no RPC server answers at 127.0.0.1:1"),
         (("--rpc", "nowhere"), 1, "does not name a server"),
+        (("--dispatch", "both"), 2, "--dispatch both: must be one of auto, device, cpu, split"),
     ],
 )
 def test_bad_arguments(text_model: Path, arguments: tuple[str, ...], code: int, text: str) -> None:

@@ -550,3 +550,17 @@ class TestFromPretrained:
         with pytest.raises(ValueError, match="No file found"):
             hobbit.Llama.from_pretrained("someone/model", "*.bin")
         assert hub == []
+
+
+def test_a_context_that_llama_cpp_rounds_up(path: Path) -> None:
+    """It can be used whole: llama_cpp.Llama itself has room for what was asked for only."""
+    tokens = [THE + i % 40 for i in range(200)]
+    found = []
+    for n_ctx in (64, 256):
+        arguments = ARGUMENTS | {"n_ctx": n_ctx, "logits_all": True}
+        with hobbit.Llama(str(path), cache_bytes="floor", **arguments) as llm:
+            assert llm.n_ctx() == 256
+            llm.eval(tokens)
+            found.append(np.array(llm.scores[: len(tokens)]))
+            assert list(llm.eval_tokens) == tokens
+    assert (found[0] == found[1]).all() and found[0].any()

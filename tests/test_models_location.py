@@ -67,6 +67,17 @@ def test_paths(machine: Path) -> None:
         locate(str(machine / "none.gguf")).header()
 
 
+@pytest.mark.parametrize("name", ["a " * 300, f"{'a' * 300}.gguf", "~nobody-of-that-name/m.gguf"])
+def test_what_can_be_no_path_is_no_model(machine: Path, name: str) -> None:
+    for ask in (locate, locate_here):
+        with pytest.raises(ModelError):
+            found = ask(name)
+            assert found.path is None or found.header()
+    if not name.endswith(".gguf"):
+        with pytest.raises(ModelError):
+            check(name)
+
+
 def test_a_folder_with_one_model(machine: Path) -> None:
     first = put(machine / "one" / "m.gguf", tensors_per_part=6)
     assert locate(str(machine / "one")).path == first

@@ -165,7 +165,8 @@ def test_context(asked: int | None, trained: int, context: int) -> None:
 def test_a_quantised_v_cache_needs_flash_attention() -> None:
     got = model_arguments(Options(cache_type_v="q8_0"), 0)
     assert (got["flash_attn"], got["type_v"]) == (True, 8)
-    assert "flash_attn" not in model_arguments(Options(cache_type_v="q8_0", flash_attn="off"), 0)
+    with pytest.raises(UsageError, match="-ctv q8_0 needs flash attention"):
+        Options(cache_type_v="q8_0", flash_attn="off")
     assert model_arguments(Options(flash_attn="on"), 0)["flash_attn"]
 
 

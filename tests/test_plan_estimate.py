@@ -103,6 +103,16 @@ def test_a_lossy_quality_reads_and_computes_less() -> None:
     assert lossy.compute_s == pytest.approx(1.1 * (0.01 + 0.02 + 0.016))
 
 
+def test_more_low_copies_fit_than_high_ones() -> None:
+    found = estimate(WORK, plan_with(0.25), SPEEDS, mix=Mix(0.0, 1.0, 0.5, 2.0))
+    as_much = estimate(WORK, plan_with(0.5), SPEEDS)
+    assert found.hit == as_much.hit
+    assert found.disk_s == pytest.approx(as_much.disk_s / 2)
+    assert found.first_token_s.high < as_much.first_token_s.high
+    everything = estimate(WORK, plan_with(0.6), SPEEDS, mix=Mix(0.0, 1.0, 0.5, 2.0))
+    assert (everything.hit.low, everything.disk_s) == (1.0, 0.0)
+
+
 def test_a_first_token_takes_longest_with_an_empty_cache() -> None:
     found = estimate(WORK, plan_with(0.5), SPEEDS).first_token_s
     assert found.low < found.mid < found.high
@@ -159,15 +169,14 @@ def measured() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def test_predictions_are_within_30_percent_of_the_benchmarks() -> None:
-    """Without knowing anything of these models' routing; 40 % where the routing is random."""
+    """Without knowing anything of these models' routing; 35 % with another predictor than usual."""
     seen = 0
     for file, model, row in measured():
         stock = row["mode"] == "stock"
         share = 1.0 if stock else row["samples"][0]["cached_share"]
         speeds = Speeds(DECODE, PROMPT, row.get("disk_bytes_s") or 2.5e9)
         found = estimate(MODELS[model], plan_with(share), speeds, exponents=EXPONENTS).tok_s
-        is_random = model == "olmoe" and "500MB" in file
-        allowed = 0.45 if is_random else 0.30
+        allowed = 0.3 if row["predict"] in (None, "auto") else 0.35
         assert abs(found.mid / row["median_ts"] - 1) < allowed, (file, row["mode"], found)
         assert found.low < row["median_ts"] < found.high or stock, (file, row["mode"], found)
         seen += 1

@@ -42,6 +42,8 @@ def test_damage_is_no_run() -> None:
     everything = recall(history.FILE, state_folder)
     (key,) = everything
     everything[key] += [{"measured": 1}, "x", None]
+    everything[key] += [everything[key][0] | change for change in ({"share": "x"}, {"hit": None})]
+    everything[key] += [everything[key][0] | change for change in ({"measured": "9"}, {"hit": 7})]
     remember(history.FILE, everything, state_folder)
     assert len(runs_of("model")) == 1
     state_folder().joinpath(history.FILE).write_text("[" * 10)

@@ -16,7 +16,7 @@ from hobbit.folders import recall, remember
 from hobbit.layout import Layout
 from hobbit.planning import machine, probe
 from hobbit.planning.estimate import work_of
-from hobbit.planning.machine import measured
+from hobbit.planning.machine import measured, sample_file
 
 Q8_0 = 8
 
@@ -85,6 +85,23 @@ def test_the_models_own_file_is_read_where_it_is_here(layout: Layout, probed: li
     assert found is not None
     assert found.speeds.read > 0
     assert len(recall(disk.FILE)["disks"]) == 1
+
+
+def test_without_a_model_the_disk_is_written_to_only_to_measure_it(
+    layout: Layout, probed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def sample(folder: Path) -> Path:
+        written.append(folder)
+        return sample_file(folder, 2 << 20)
+
+    monkeypatch.setattr(machine, "sample_file", sample)
+    assert measured(layout, work_of(layout), 1, only_known=True) is None
+    first = measured(layout, work_of(layout), 1)
+    assert measured(layout, work_of(layout), 1) == first
+    assert measured(layout, work_of(layout), 1, only_known=True) == first
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize("damage", ["old", "negative", "text", "list"])

@@ -247,6 +247,20 @@ def test_rm(hub: FakeHub, run: Run, cache: Path) -> None:
     assert run("rm", "some/tiny", "-y").returncode == 3
 
 
+def test_rm_leaves_what_a_link_in_the_cache_leads_to(
+    hub: FakeHub, run: Run, cache: Path, tmp_path: Path
+) -> None:
+    run("pull", "some/tiny")
+    (pulled,) = cache.rglob("*Q4_K_M.gguf")
+    theirs = write_moe(tmp_path / "theirs.gguf")
+    link = pulled.with_name("tiny-Q6_K.gguf")
+    link.symlink_to(theirs)
+    done = run("rm", "some/tiny:Q6_K", "-y")
+    assert done.returncode == 0, done.stderr
+    assert not link.is_symlink()
+    assert theirs.is_file() and pulled.is_file()
+
+
 @pytest.mark.parametrize(("answer", "left"), [("n", 1), ("", 1), ("y", 0)])
 def test_rm_asks_on_a_terminal(
     hub: FakeHub, run: Run, environment_of: dict[str, str], answer: str, left: int

@@ -141,7 +141,12 @@ def test_verbose_lines() -> None:
         "eval duration",
         "eval rate",
     ]
+    assert lines[8] == "peak memory:          7.6/8.0 GiB"
     assert "710 of 1000" in "".join(lines)
+    assert "low precision" not in "".join(lines)
+    lossy = replace(STATS, pairs_high=70, pairs_low=20, pairs_skip=10)
+    lines = render.verbose_lines(replace(RESULT, stats=lossy), 1.5)
+    assert "low precision:        20 of 100 pairs, 10 skipped" in lines
 
 
 PREDICTED = Stats(

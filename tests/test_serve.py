@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, data_of, loopback_only, served
 
 from hobbit.cli.serve import serve
+from hobbit.options import Options
 from hobbit.serve.options import ServeOptions
 
 no_network = loopback_only  # in place of the one in conftest
@@ -114,6 +116,23 @@ def test_tools_that_need_not_be_called_leave_the_answer_free(client: openai.Open
     free = client.chat.completions.create(**asked)
     with_tools = client.chat.completions.create(**asked, tools=[CALL])
     assert with_tools.choices[0].message.content == free.choices[0].message.content
+
+
+def test_answers_are_remembered_for_plan_and_why(model: Path, tmp_path: Path) -> None:
+    env = {"HOBBIT_CACHE": str(tmp_path / "cache"), "HOBBIT_STATE": str(tmp_path / "state")}
+
+    def said(*words: str) -> str:
+        command = [sys.executable, "-m", "hobbit", *words]
+        return subprocess.check_output(command, env=os.environ | env, text=True)
+
+    plan = "plan", str(model), "-t", "1", "-c", "256"
+    assert "no run here yet" in said(*plan)
+    with served(model, "-c", "256", env=env) as running:
+        for _ in range(2):
+            asked = {"prompt": "one", "n_predict": 40, "ignore_eos": True, "temperature": 0}
+            assert running.ask("/completion", asked).status == 200
+    assert "the last 2 runs here were" in said(*plan)
+    assert said("why").startswith(f"{model}: ")
 
 
 def test_an_answer_that_follows_a_schema(client: openai.OpenAI) -> None:
@@ -228,8 +247,7 @@ def test_metadata_does_not_wait_for_the_model(server: Server) -> None:
 def test_a_client_that_goes_frees_the_slot(server: Server) -> None:
     gone = server.ask("/hobbit/stats").json["requests"]["abandoned"]
     answer = server.stream("/v1/completions", ENDLESS)
-    next(data_of(answer))
-    assert not server.slot_is_free()
+    server.until(lambda: not server.slot_is_free(), "the request runs")
     answer.close()
     server.until(server.slot_is_free, "free after the client has gone")
     assert server.ask("/hobbit/stats").json["requests"]["abandoned"] == gone + 1
@@ -473,7 +491,7 @@ def test_a_port_in_use_is_named(model: Path) -> None:
         port = str(taken.getsockname()[1])
         done = hobbit_serve(str(model), "--port", port)
     assert done.returncode == 1
-    assert f"port {port} of 127.0.0.1 is in use" in done.stderr
+    assert f"port {port} of 127.0.0.1 is in use by process {os.getpid()} (" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -507,17 +525,18 @@ def test_options_have_the_flags_defaults() -> None:
     import inspect
     from dataclasses import fields
 
-    defaults = {n: p.default for n, p in inspect.signature(serve).parameters.items()}
-    own = {f.name: f.default for f in fields(ServeOptions)}
-    assert own.keys() == defaults.keys()
-    assert {n: d or None for n, d in own.items()} == {n: d or None for n, d in defaults.items()}
+    flags = {n: p.default for n, p in inspect.signature(serve).parameters.items()}
+    own = {f.name: f.default for f in fields(ServeOptions) if f.name != "loading"}
+    shared = {f.name: f.default for f in fields(Options) if f.name in flags}
+    assert not own.keys() & shared.keys() and own.keys() | shared.keys() == flags.keys()
+    assert {n: d or None for n, d in (own | shared).items()} == {
+        n: d or None for n, d in flags.items()
+    }
 
 
 def hobbit_serve(
     *arguments: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "hobbit", "serve", *arguments],
         stdin=subprocess.DEVNULL,

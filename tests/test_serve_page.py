@@ -119,7 +119,21 @@ def test_the_charts_follow_the_feed(page: Any) -> None:
     line = page.find_element(By.CSS_SELECTOR, "[data-chart=memory] polyline")
     assert line.get_attribute("points")
     assert "mode:" in text(page, "#plan")
+    assert not page.find_element(By.CSS_SELECTOR, "[data-chart=device]").is_displayed()
     page.find_element(By.ID, "stop").click()
+
+
+def test_a_device_has_a_chart(browser: Any, tmp_path: Path) -> None:
+    path = tiny.make_text_model(tmp_path / "m.gguf", chat=True)
+    flags = ("--device", "CPU", "--vram", "16M", "--dispatch", "split")
+    with served(path, "-c", "32768", *flags) as running:
+        browser.get(running.url)
+        browser.find_element(By.TAG_NAME, "summary").click()
+        ask(browser, "one two", "30000")
+        until(browser, lambda: text(browser, "[data-chart=device] output").endswith("%"))
+        until(browser, lambda: text(browser, "[data-chart=device] output") != "0 %")
+        browser.find_element(By.ID, "stop").click()
+        browser.get("about:blank")
 
 
 def test_nothing_is_wider_than_a_phone(page: Any) -> None:
@@ -165,6 +179,20 @@ def test_a_word_of_markup_is_shown_as_it_is(page: Any) -> None:
     until(page, lambda: "3 tokens" in text(page, "li.assistant .cost"))
     assert text(page, "li.user .text") == "<img src=x onerror=alert(1)>"
     assert page.find_elements(By.CSS_SELECTOR, "#log img") == []
+
+
+def test_a_page_of_a_server_that_has_not_loaded_its_model(
+    browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny.make_text_model(tmp_path_factory.mktemp("lazy") / "m.gguf", chat=True)
+    with served(path, "-c", "512", "--lazy") as server:
+        browser.get(server.url)
+        browser.find_element(By.TAG_NAME, "summary").click()
+        until(browser, lambda: "a message loads it" in text(browser, "#state"))
+        assert "not loaded yet" in text(browser, "#model") and "NaN" not in text(browser, "body")
+        ask(browser, "one", "3")
+        until(browser, lambda: "3 tokens" in text(browser, "li.assistant .cost"))
+        until(browser, lambda: "mode:" in text(browser, "#plan"))
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:

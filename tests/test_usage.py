@@ -18,6 +18,8 @@ from gates import Bench, assert_same, in_threads, layout_of, opened, run, thread
 import hobbit
 from hobbit import usage
 from hobbit.fingerprint import fingerprint
+from hobbit.gguf_file import GGUF
+from hobbit.planning.feedback import expected
 from hobbit.verify import cache_bytes
 
 NAME = "0123456789abcdef" * 4
@@ -111,6 +113,22 @@ class TestWarmStart:
             assert len(kept(folder)) == 1
         assert thread_count() == threads
         assert usage.load(fingerprint(layout_of(path).gguf), len(counts))
+
+    def test_the_fingerprint_is_worked_out_once(
+        self, path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[object] = []
+
+        def counted(gguf: GGUF) -> str:
+            asked.append(gguf)
+            return fingerprint(gguf)
+
+        monkeypatch.setattr("hobbit.llama.fingerprint", counted)
+        with opened(path, "half", warm_start=True) as llama:
+            llama.eval([1])
+            expected(llama)
+            assert llama.fingerprint == fingerprint(llama.layout.gguf)
+        assert len(asked) == 1
 
     def test_what_was_used_is_there(self, path: Path, folder: Path) -> None:
         with opened(path, "half", warm_start=True) as llama:

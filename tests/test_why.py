@@ -160,3 +160,56 @@ def test_what_no_run_left_is_refused() -> None:
     for damaged in ({}, {"run": 1}, record() | {"decode": None}):
         with pytest.raises((KeyError, TypeError, AttributeError)):
             explain(damaged)
+
+
+def with_device(**counted: Any) -> dict[str, Any]:
+    decode = Stats(
+        tokens_generated=100, decode_s=20.0, moe_s=4.0, hits=900, misses=100, evictions=100,
+        device_hits=600, pairs_high=1000, **counted,
+    )  # fmt: skip
+    return record(decode, device={"name": "GPU0", "bytes": 4 * GIB})
+
+
+def device_cause(values: dict[str, Any]) -> Cause:
+    return next(cause for cause in explain(values).causes if cause.name == "device")
+
+
+def test_a_device_that_is_waited_for() -> None:
+    """4 s for 400 pairs here, 12 s for 600 there: with 333 of them there both would take 6.7 s."""
+    found = device_cause(with_device(device_pairs=600, device_s=12.0, device_wait_s=8.0))
+    assert found.share == pytest.approx(8 / 22)
+    assert found.cause == "waited for GPU0, which computed 60 % of the experts"
+    assert found.action == "--vram 2275M, so that both end at the same time"
+    # Of 12 s with the experts 6.67 s are left.
+    assert found.tok_s == pytest.approx(100 / (20 - 12 + 20 / 3), rel=1e-3)
+    notes = explain(with_device(device_pairs=600, device_s=12.0, device_wait_s=8.0)).notes
+    assert (
+        "60 % of what was asked for was on GPU0, which had nothing to do for 40 % of the time"
+        in notes
+    )
+
+
+def test_a_device_that_has_to_compute_so_much() -> None:
+    counted = {"device_s": 12.0, "device_wait_s": 8.0}
+    found = device_cause(with_device(device_pairs=600, **counted) | {"dispatch": "split"})
+    assert found.cause.endswith("60 % of the experts by --dispatch split")
+    assert found.action == "--dispatch auto, so that both end at the same time"
+    assert found.tok_s == pytest.approx(100 / (20 - 12 + 20 / 3), rel=1e-3)
+    found = device_cause(with_device(device_pairs=1000, **counted) | {"dispatch": "device"})
+    assert (found.action, found.gain) == ("--dispatch auto", "")
+    found = device_cause(with_device(device_pairs=600, **counted) | {"dispatch": "auto"})
+    assert found.action.startswith("--vram")
+    idle = with_device(device_pairs=600, device_s=2.0, device_wait_s=0.1)
+    assert device_cause(idle | {"dispatch": "split"}).action == "nothing to do"
+
+
+def test_a_device_that_is_not_waited_for() -> None:
+    found = device_cause(with_device(device_pairs=600, device_s=2.0, device_wait_s=0.1))
+    assert (found.action, found.gain) == ("nothing to do", "")
+    assert all(cause.name != "device" for cause in explain(record()).causes)
+    computed = next(
+        cause
+        for cause in explain(with_device(device_pairs=600, device_s=12.0, device_wait_s=8.0)).causes
+        if cause.name == "compute"
+    )
+    assert computed.share == pytest.approx(12 / 22)  # what was waited is not computing

@@ -12,7 +12,7 @@ _SAVE, _RESTORE = "\x1b7", "\x1b8"
 
 
 class Bottom:
-    """While it is open, `rows` rows are set apart and the text scrolls above them.
+    """From `open` to `close`, `rows` rows are set apart and the text scrolls above them.
 
     The terminal does it: text is written as ever, and needs not be drawn again. On a terminal that
     is too low, or cannot do it (`rows` 0), nothing is shown. Text must begin in the first column.
@@ -25,14 +25,21 @@ class Bottom:
         self._size = (0, 0)
         self._drawn_at = 0.0
 
-    def __enter__(self) -> Bottom:
+    def open(self) -> None:
         if self._rows:
             self._set_apart()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._size[1]:
-            self._write(f"{_SAVE}\x1b[r{self._placed([''] * self._rows)}{_RESTORE}")
+    def close(self) -> None:
+        """Give the rows back; harmless when that is done."""
+        if not self._size[1]:
+            return
+        whole = f"{_SAVE}\x1b[r{self._placed([''] * self._rows)}{_RESTORE}"
+        try:
+            self._write(whole)
+        except KeyboardInterrupt:  # of all times now
+            self._write(whole)
+            raise
+        finally:
             self._size = (0, 0)
 
     def _set_apart(self) -> None:

@@ -85,8 +85,10 @@ class Commands:
         return Outcome(leave=True)
 
     def clear(self, _: str) -> None:
+        file = self.session.file
         self.session.clear()
-        self.say("Cleared: the conversation begins anew")
+        also = f", and session {file.name} with it" if file else ""
+        self.say(f"Cleared: the conversation begins anew{also}")
 
     def regenerate(self, _: str) -> Outcome:
         return Outcome(regenerate=True)
@@ -150,7 +152,8 @@ class Commands:
             session.system = value
             self.say("Set the system prompt; the next message reads all after it once more")
         elif name in ("verbose", "quiet"):
-            display.verbose, display.quiet = name == "verbose", name == "quiet"
+            display.stats = "full" if name == "verbose" else "none"
+            display.quiet = name == "quiet"
             self.say(f"Set {name}")
         elif name in ("wordwrap", "nowordwrap"):
             display.wordwrap = name == "wordwrap"
@@ -174,7 +177,7 @@ class Commands:
         self.say("Answers will be JSON")
 
     def _set_think(self, on: bool) -> None:
-        self.session.template.check_switch()
+        self.session.prompts.check_switch()
         self.session.think = on
         self.say(f"Set {'think' if on else 'nothink'}")
 
@@ -200,6 +203,7 @@ def _totals(stats: Stats) -> list[str]:
     if stats.mode != "resident":
         rows += [
             ("expert hits", f"{stats.hits} of {stats.hits + stats.misses}"),
+            *([("on the device", f"{stats.device_hits}")] if stats.device_hits else []),
             ("read", f"{stats.read_bytes >> 20} MiB"),
         ]
     rows += [
@@ -237,12 +241,12 @@ def _system(session: Session) -> list[str]:
 
 
 def _template(session: Session) -> list[str]:
-    return [session.template.text or "The model has no chat template: texts are completed"]
+    return [session.prompts.text or "The model has no chat template: texts are completed"]
 
 
 def _modelfile(session: Session) -> list[str]:
     lines = [f"FROM {session.llm.model_path}"]
-    if session.template.text:
+    if session.prompts.text:
         # ollama has its own language for templates and takes the file's own from the model.
         lines.append("# the chat template is the model file's own: /show template")
     if session.system:
@@ -267,7 +271,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
     "verbose": ("verbose", "All counters after each answer"),
     "quiet": ("quiet", "No numbers"),
     "history": ("history", "Keep what is typed in the history"),
-    "nohistory": ("nohistory", "Keep nothing from now on"),
+    "nohistory": ("nohistory", "Keep nothing typed from now on"),
     "wordwrap": ("wordwrap", "Break lines between words"),
     "nowordwrap": ("nowordwrap", "Leave lines to the terminal"),
     "format": ("format json", "Answers are JSON (or a JSON schema in place of json)"),

@@ -23,7 +23,7 @@ class Display:
     screen_codes: bool = True
     color: bool = True
     quiet: bool = False
-    verbose: bool = False
+    stats: str = "line"  # after an answer: one of options.STATS
     wordwrap: bool = True
     hide_thinking: bool = False
     panel: bool = False
@@ -43,7 +43,10 @@ class Display:
 
 
 class Answer(AbstractContextManager["Answer"]):
-    """One answer, from its first piece to its last; meanwhile the live numbers stand below it."""
+    """One answer, from its first piece to its last; meanwhile the live numbers stand below it.
+
+    `begin` is for the inside of the block: a signal within what enters it would leave them there.
+    """
 
     def __init__(self, display: Display, thinking: bool) -> None:
         self._display = display
@@ -57,10 +60,12 @@ class Answer(AbstractContextManager["Answer"]):
         self._held: list[str] = []
 
     def __enter__(self) -> Answer:
-        self._display.live.begin()
-        self._bottom.__enter__()
-        self.tick()
         return self
+
+    def begin(self) -> None:
+        self._display.live.begin()
+        self._bottom.open()
+        self.tick()
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -70,7 +75,7 @@ class Answer(AbstractContextManager["Answer"]):
                 self._put(thought, text)
             self._lines.end()
         finally:
-            self._bottom.__exit__()
+            self._bottom.close()
 
     def text(self, piece: str) -> None:
         self._display.live.token()

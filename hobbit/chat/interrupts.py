@@ -6,7 +6,10 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
@@ -31,18 +34,19 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def after(self, call: Callable[..., None]) -> Callable[..., None]:
+    def after(self, call: Callable[P, T]) -> Callable[P, T]:
         """Return the function such that an interrupt waits for its end: it is not half done."""
 
-        def called(*arguments: Any) -> None:
+        def called(*arguments: P.args, **named: P.kwargs) -> T:
             self._busy = True
             try:
-                call(*arguments)
+                done = call(*arguments, **named)
             finally:
                 self._busy = False
             if self._waiting:
                 self._waiting = False
                 raise KeyboardInterrupt
+            return done
 
         return called
 

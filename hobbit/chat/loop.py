@@ -6,19 +6,20 @@ from collections.abc import Callable
 
 from ..errors import HobbitError
 from ..generate import Result
-from ..render import Screen, stats_line, verbose_lines
+from ..render import Screen, say_stats
 from . import view
 from .commands import Commands, Outcome, words
 from .display import Answer, Display
 from .interrupts import Interrupts
 from .screen import History, Input, no_echo, unquoted
-from .session import OnText, Reply, Session
+from .session import ModelLost, OnText, Reply, Session
 
 _Turn = Callable[[OnText, Callable[[], None]], Reply]
 
 
 class Chat:
-    """Joins a session with the terminal. Nothing that goes wrong in a turn ends it.
+    """Joins a session with the terminal. Nothing that goes wrong in a turn ends it, unless the
+    model is lost. What came of a turn, or of a command, is kept at once, if the session has a file.
 
     `finished` is told what came of each answer, and says in a few words what is to be known of it.
     """
@@ -63,24 +64,37 @@ class Chat:
         session = self._session
         try:
             with Interrupts() as interrupts:
-                if line.lstrip().startswith("/"):
-                    outcome = self._commands.run(_command(line))
-                    if outcome.regenerate:
-                        self._answer(session.regenerate, interrupts)
-                    return outcome
-                if message := unquoted(line):
-                    ask = session.ask_instead if instead else session.ask
-                    self._answer(lambda *on: ask(message, *on), interrupts)
+                try:
+                    if line.lstrip().startswith("/"):
+                        # Some are not to be left half done: one loads the model again.
+                        outcome = interrupts.after(self._commands.run)(_command(line))
+                        if outcome.regenerate:
+                            self._answer(session.regenerate, interrupts)
+                        return outcome
+                    if message := unquoted(line):
+                        ask = session.ask_instead if instead else session.ask
+                        self._answer(lambda *on: ask(message, *on), interrupts)
+                finally:
+                    interrupts.after(self._keep)()
+        except ModelLost:
+            raise
         except HobbitError as exc:
             self._screen.error(str(exc))
         except KeyboardInterrupt as exc:
             _only_ctrl_c(exc)
         return Outcome()
 
+    def _keep(self) -> None:
+        try:
+            self._session.keep()
+        except HobbitError as exc:  # the chat goes on, and with the next turn it is tried again
+            self._screen.error(str(exc))
+
     def _answer(self, turn: _Turn, interrupts: Interrupts) -> None:
-        thinking = self._session.template.opens_thoughts(self._session.think)
+        thinking = self._session.prompts.opens_thoughts(self._session.think)
         self._display.live.llm = self._session.llm
         with no_echo(), Answer(self._display, thinking) as answer:
+            answer.begin()
             reply = turn(interrupts.after(answer.text), interrupts.after(answer.tick))
             answer.complete(reply.answer)
         if reply.result.signal is not None:
@@ -93,21 +107,10 @@ class Chat:
         stats = result.decode if result.decode.tokens_generated else result.stats
         display.live.first = display.live.first or display.live.start  # it is over
         self._last_line = view.line(display.live, stats, 10**4)
-        if reply.dropped:
-            turns = "1 oldest turn" if reply.dropped == 1 else f"{reply.dropped} oldest turns"
-            self._screen.say(f"the context was full: {turns} left out of it (/save still has them)")
-        if reply.cut:
-            self._screen.say(
-                "the context is full: the answer ends here, and the oldest turns will make room"
-            )
-        if not reply.kept:
-            self._screen.say("stopped before the answer began: the message was taken back")
+        self._screen.say(*reply.notes("/save"))
         missed = self._finished(result)
-        if display.quiet:
-            return
-        if display.verbose:
-            self._screen.say(*verbose_lines(result, 0.0))
-        self._screen.say(stats_line(result, self._session.llm.quality, missed))
+        llm = self._session.llm
+        say_stats(self._screen, display.stats, result, llm.plan, llm.quality, missed=missed)
 
     def _toolbar(self, width: int) -> str:
         """Return the numbers below the input line: of the last answer, and the memory now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from ..generate import Prompt, Result, Sampling, generate
 from ..options import MAX_SEED, Options, chosen_quality
 from ..quality import Quality
 from . import transcript
-from .template import ChatTemplate
+from .prompts import Prompts
+from .session_file import SessionFile
 from .transcript import Message
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ OnText = Callable[[str], None]
 # part of it is free: what stays has to be read again, so it should not happen often.
 _LEAST_ROOM = 1 / 8
 _ROOM_AFTER = 1 / 2
+
+
+class ModelLost(HobbitError):
+    """There is no model any more that could answer."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,20 @@ class Reply:
     dropped: int = 0
     cut: bool = False
     kept: bool = True
+
+    def notes(self, keeper: str) -> list[str]:
+        """Return what is to be known of it, in sentences; `keeper` still has all turns."""
+        said = []
+        if self.dropped:
+            turns = "1 oldest turn" if self.dropped == 1 else f"{self.dropped} oldest turns"
+            said.append(f"the context was full: {turns} left out of it ({keeper} still has them)")
+        if self.cut:
+            said.append(
+                "the context is full: the answer ends here, and the oldest turns will make room"
+            )
+        if not self.kept:
+            said.append("stopped before the answer began: the message was taken back")
+        return said
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,9 @@ class Session:
 
     What the model has read stays in its KV cache: of a turn only what is new is evaluated. `load`
     makes the model anew where a quality needs that. `close` closes whichever model there is.
+
+    With a `file` it goes on with the conversation that is kept there; `system` takes the place of
+    the system prompt there is in it. `keep` is for when a turn has ended.
     """
 
     def __init__(
@@ -68,6 +91,7 @@ class Session:
         quality: Quality | None = None,
         system: str = "",
         load: Loader | None = None,
+        file: SessionFile | None = None,
     ) -> None:
         self.llm = llm
         self.sampling = sampling
@@ -75,16 +99,37 @@ class Session:
         self.system = system
         self.messages: list[Message] = []
         self.think: bool | None = None
-        self.template = ChatTemplate(llm, self.options.raw)
+        self.prompts = Prompts(llm, self.options.raw)
+        self.file = file
         self._load = load
         self._first = 0  # the first message that the model still sees
         self._asked = 0
         self._quality = quality or llm.quality  # as chosen, before the plan had its say
         # The text in the KV cache, and its tokens.
         self._read: tuple[str, tuple[int, ...]] = "", ()
+        if file is not None and file.messages:
+            self._restore(file.messages)
+            self.system = system or self.system
+        self._kept = self.conversation
 
     def close(self) -> None:
         self.llm.close()
+
+    @property
+    def conversation(self) -> list[Message]:
+        """All of it, with what no longer fits the context; the system prompt is the first."""
+        system = [Message("system", self.system)] if self.system else []
+        return [*system, *self.messages]
+
+    def keep(self) -> None:
+        """Write the conversation to its file, if it has one and something has changed.
+
+        Raises HobbitError where that cannot be; the file then has what it had.
+        """
+        conversation = self.conversation
+        if self.file is not None and conversation != self._kept:
+            self.file.write(conversation)
+            self._kept = conversation
 
     @property
     def last_question(self) -> str | None:
@@ -94,7 +139,8 @@ class Session:
         """Answer a message; `on_text` gets the pieces of the answer, as in `generate`.
 
         When it is interrupted, or fails, what came of the answer stays in the conversation; where
-        nothing came the question does not stay either. Errors are raised after that.
+        nothing came the question does not stay either. Errors are raised after that. A model that
+        lost its device is loaded anew first.
         """
         return self._answer([*self.messages, Message("user", text)], on_text, on_tick)
 
@@ -120,6 +166,9 @@ class Session:
     def _answer(
         self, messages: list[Message], on_text: OnText, on_tick: Callable[[], None] | None
     ) -> Reply:
+        if self.llm.is_lost and self._load is not None:
+            self.llm.close()
+            self._use(self._load(self.options, self._quality))
         fitted = self._fitted(messages)
         said: list[str] = []
 
@@ -130,7 +179,9 @@ class Session:
         sampling = self._next_sampling()
         finished = False
         try:
-            result = generate(self.llm, Prompt(tokens=fitted.tokens), sampling, heard, on_tick)
+            channels = self.prompts.has_channels and not sampling.grammar
+            prompt = Prompt(tokens=fitted.tokens, channels=channels)
+            result = generate(self.llm, prompt, sampling, heard, on_tick)
             finished = result.signal is None
         finally:
             answer = "".join(said)
@@ -156,17 +207,21 @@ class Session:
 
         Raises UsageError where not even the last message fits.
         """
-        size = self.llm.n_ctx()
+        size: int = self.llm.n_ctx()
+
+        def leaves_room(start: int) -> bool:
+            return len(self._prompt(messages[start:])[1]) <= size * _ROOM_AFTER
+
         limit = self.sampling.max_tokens
         room = max(min(int(size * _LEAST_ROOM), limit or size), 1)
         first, dropped = min(self._first, len(messages) - 1), 0
         text, tokens = self._prompt(messages[first:])
         if len(tokens) + room > size:
-            while len(tokens) > size * _ROOM_AFTER:
-                later = [i for i in range(first + 1, len(messages)) if messages[i].role == "user"]
-                if not later:
-                    break
-                first, dropped = later[0], dropped + 1
+            later = [i for i in range(first + 1, len(messages)) if messages[i].role == "user"]
+            if later:
+                # Few are tried: a session may have a thousand, each rendered with all after it.
+                dropped = min(bisect_left(later, True, key=leaves_room) + 1, len(later))
+                first = later[dropped - 1]
                 text, tokens = self._prompt(messages[first:])
         if len(tokens) >= size:
             raise UsageError(
@@ -177,12 +232,13 @@ class Session:
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         system = [Message("system", self.system)] if self.system else []
-        text = self.template.render([*system, *messages], self.think)
-        whole = self.template.tokens(text)
+        plain = bool(self.sampling.grammar)
+        text = self.prompts.render([*system, *messages], self.think, plain=plain)
+        whole = self.prompts.tokens(text)
         known, tokens = self._read
         if tokens and text.startswith(known):
             # The tokens of an answer stay as they were sampled: its text may be cut otherwise.
-            continued = self.template.continued(tokens, text[len(known) :], whole)
+            continued = self.prompts.continued(tokens, text[len(known) :], whole)
             return text, continued or whole
         return text, whole
 
@@ -215,7 +271,8 @@ class Session:
         """Change the quality; whether the model was loaded again for it.
 
         After that, all of the conversation is read again with the next message. Where the new model
-        cannot be loaded, it is loaded as it was before, and the error raised.
+        cannot be loaded, it is loaded as it was before, and the error raised: ModelLost where that
+        cannot be either.
         """
         low_file = None if self.llm.layout.low else self.options.low_file
         wanted = replace(
@@ -237,24 +294,30 @@ class Session:
         before = self.options, self._quality
         self.llm.close()
         try:
-            self.llm = self._load(options, quality)
-        except HobbitError:
-            self.llm = self._load(*before)
+            self._use(self._load(options, quality))
+        except HobbitError as exc:
+            try:
+                self._use(self._load(*before))
+            except HobbitError as error:
+                raise ModelLost(f"{exc}; and it could not be loaded as it was: {error}") from error
             raise
-        finally:
-            self.template = ChatTemplate(self.llm, self.options.raw)
-            self._read = "", ()
+
+    def _use(self, llm: Llama) -> None:
+        self.llm = llm
+        self.prompts = Prompts(llm, self.options.raw)
+        self._read = "", ()
 
     def save(self, path: Path) -> None:
         """Write the whole conversation, with what no longer fits the context."""
         if not self.messages:
             raise UsageError("there is nothing to save yet")
-        system = [Message("system", self.system)] if self.system else []
-        transcript.save(path, [*system, *self.messages])
+        transcript.save(path, self.conversation)
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation in place of this one."""
-        messages = transcript.load(path)
+        self._restore(transcript.load(path))
+
+    def _restore(self, messages: Sequence[Message]) -> None:
         has_system = messages[0].role == "system"
         self.system = messages[0].content if has_system else ""
-        self.messages, self._first = messages[has_system:], 0
+        self.messages, self._first = [*messages[has_system:]], 0

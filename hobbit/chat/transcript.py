@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..errors import HobbitError, UsageError
@@ -38,14 +39,21 @@ def place(name: str) -> Path:
     return path
 
 
-def save(path: Path, messages: Sequence[Message]) -> None:
-    """Write the messages, whole or not at all: .jsonl to load again, .md to read."""
+def save(path: Path, messages: Sequence[Message], mode: int = 0o666) -> None:
+    """Write the messages, whole or not at all: .jsonl to load again, .md to read.
+
+    `mode` is what the file's permissions are where the umask allows them.
+    """
     text = _markdown(messages) if path.suffix == ".md" else _lines(messages)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_text(text, encoding="utf-8", errors="replace")
+            create = partial(os.open, mode=mode)
+            with open(part, "w", encoding="utf-8", errors="replace", opener=create) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave the name without the text
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -58,7 +66,8 @@ def load(path: Path) -> list[Message]:
     if path.suffix == ".md":
         raise UsageError(f"{path}: .md is for reading; /load takes what /save wrote as .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON leaves other ends of lines, as U+2028, within a message.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as exc:
         raise UsageError(f"{path}: is not UTF-8 text") from exc
     except OSError as exc:

@@ -7,13 +7,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .. import meters
 from ..render import memory_split, of_cap, rate, shares
-from ..stats import Stats
+from ..stats import LayerLookUps, Stats
 
 if TYPE_CHECKING:
     from ..llama import Llama
 
-_BLOCKS = " ▁▂▃▄▅▆▇█"
 _HISTORY = 60
 _SEPARATOR = " | "
 _SAMPLE_S = 0.25
@@ -32,16 +32,25 @@ class Live:
     started: float = 0.0
     first: Stats | None = None
     speeds: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    _layers: list[LayerLookUps] = field(default_factory=list)  # before those that are shown
     _seen: tuple[float, int] = (0.0, 0)
 
     def begin(self) -> None:
         self.start, self.first, self.started = self.llm.stats, None, time.monotonic()
+        self._layers = self.llm.look_ups
         self._seen = self.started, 0
 
     def token(self) -> None:
         """Say that a piece of the answer came."""
         if self.first is None:
-            self.first = self.llm.stats
+            self.first, self._layers = self.llm.stats, self.llm.look_ups
+
+    def layers(self) -> list[LayerLookUps]:
+        """Return the look-ups by layer, of the same time as `look` tells of."""
+        now = self.llm.look_ups
+        if len(now) != len(self._layers):  # nothing was asked for yet
+            return now
+        return [layer.minus(past) for layer, past in zip(now, self._layers, strict=True)]
 
     def look(self) -> Stats:
         """Return the counters of the answer so far, or else of the prompt; note the speed."""
@@ -68,6 +77,8 @@ def _facts(live: Live, stats: Stats) -> list[str]:
     parts = []
     if stats.mode != "resident":
         parts.append(f"hit {100 * stats.hit_rate:.0f} %")
+        if stats.device_hits:
+            parts.append(f"device {100 * stats.device_share:.0f} %")
         if stats.pairs_low or stats.pairs_skip:
             parts.append(shares(stats))
         if stats.tokens_generated:
@@ -83,44 +94,16 @@ def _facts(live: Live, stats: Stats) -> list[str]:
 def panel(live: Live, stats: Stats, width: int) -> list[str]:
     """Return the full view, always of as many lines."""
     llm = live.llm
-    bar = max(min(width - 30, 40), 6)
-    used = stats.peak_bytes / stats.cap_bytes if stats.cap_bytes else 0.0
-    asked = max(stats.hits + stats.misses, 1)
-    context = llm.n_tokens / llm.n_ctx()
-    rows = [
+    context = llm.n_tokens, llm.n_ctx()
+    found = [
         "─" * width,
-        f"speed    {rate(stats.tok_s):>5} tok/s  {sparkline(live.speeds, bar)}",
-        f"experts  {100 * stats.hits / asked:>5.0f} % hit  {filled(stats.hits / asked, bar)}  "
-        f"{stats.misses} missed",
-        f"computed {shares(stats) or 'nothing yet'}",
-        f"read     {stats.mib_per_token:>5.0f} MiB a token, {_mib_s(live, stats)}, "
-        f"stall {100 * stats.stall_share:.0f} %",
-        f"memory   {filled(used, bar)}  {of_cap(stats.peak_bytes, stats.cap_bytes)}",
-        f"context  {filled(context, bar)}  {llm.n_tokens}/{llm.n_ctx()}",
+        *meters.rows(stats, live.layers(), live.speeds, stats.peak_bytes, context, width),
         f"         {llm.quality.name}, {memory_split(llm.plan)}",
     ]
-    return [row[:width] for row in rows]
+    return [row[:width] for row in found]
 
 
-PANEL_ROWS = 8
-
-
-def _mib_s(live: Live, stats: Stats) -> str:
-    seconds = stats.prompt_s + stats.decode_s
-    return f"{stats.read_bytes / seconds / (1 << 20) if seconds else 0:.0f} MiB/s"
-
-
-def filled(share: float, width: int) -> str:
-    """Return a bar."""
-    done = round(min(max(share, 0.0), 1.0) * width)
-    return "█" * done + "░" * (width - done)
-
-
-def sparkline(values: deque[float], width: int) -> str:
-    """Return the last values as bars, the highest of them full."""
-    shown = [*values][-width:]
-    top = max(shown, default=0.0) or 1.0
-    return "".join(_BLOCKS[round(value / top * (len(_BLOCKS) - 1))] for value in shown)
+PANEL_ROWS = 9
 
 
 def idle_line(llm: Llama) -> str:

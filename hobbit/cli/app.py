@@ -27,10 +27,12 @@ from .config import config, default_map
 from .console import forget_stdout, write
 from .doctor import doctor
 from .eval import evaluate
+from .foreign import BENCH, TOOLS, with_foreign
 from .ls import ls
 from .plan import plan
 from .plot import plot
 from .prepare import prepare
+from .ps import ps
 from .pull import pull
 from .rm import rm
 from .run import run
@@ -38,6 +40,7 @@ from .serve import serve
 from .show import show
 from .signals import Interrupted, on_sigterm, signal_code
 from .simulate import simulate
+from .top import top
 from .trace import trace
 from .verify import verify
 from .why import why
@@ -151,8 +154,10 @@ def _interruptible(command: Callable[..., int]) -> Callable[..., int]:
 
 
 for _name, _command in (
-    ("run", run),
-    ("serve", serve),
+    ("run", with_foreign(run, TOOLS)),
+    ("serve", with_foreign(serve, TOOLS)),
+    ("ps", ps),
+    ("top", top),
     ("plan", plan),
     ("why", why),
     ("doctor", doctor),
@@ -164,10 +169,12 @@ for _name, _command in (
     ("rm", rm),
     ("eval", evaluate),
     ("trace", trace),
-    ("bench", bench),
+    ("bench", with_foreign(bench, BENCH)),
     ("simulate", simulate),
     ("plot", plot),
     ("config", config),
 ):
     app.command(_name)(_interruptible(_command))
-app.command("chat", help="Chat on a terminal: another name for run.")(_interruptible(run))
+app.command("chat", help="Chat on a terminal: another name for run.")(
+    _interruptible(with_foreign(run, TOOLS))
+)

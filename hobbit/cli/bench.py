@@ -10,7 +10,7 @@ from ..render import Screen, model_line, resident_lines
 from .console import write
 from .flags import POLICY_HELP, PREDICTOR_HELP, chosen, flag
 from .loading import check_name, model_path
-from .shared import CacheTypeK, CacheTypeV, Quiet
+from .shared import CacheTypeK, CacheTypeV, Device, NExpertUsed, Quiet, Rpc
 
 if TYPE_CHECKING:
     from ..bench_options import BenchOptions
@@ -76,6 +76,24 @@ def bench(
         list[str] | None,
         flag("--predictor", help=f"{PREDICTOR_HELP} Repeatable: an arm for each."),
     ] = None,
+    device: Device = None,
+    vram: Annotated[
+        str,
+        flag(
+            "--vram",
+            help="How much of the device's memory: 4G, or auto. Several may be given, as 0,2G,4G: "
+            "an arm for each; 0 is without the device.",
+        ),
+    ] = "auto",
+    rpc: Rpc = None,
+    dispatch: Annotated[
+        list[str] | None,
+        flag(
+            "--dispatch",
+            help="Who computes an expert: auto, device, cpu or split. Repeatable: an arm for each.",
+        ),
+    ] = None,
+    n_expert_used: NExpertUsed = None,
     read_bps: Annotated[
         str, flag("--read-bps", help="Hold the disk to so many bytes a second, as 500M.")
     ] = "",
@@ -130,7 +148,8 @@ def _bench(options: BenchOptions) -> int:
     for loading in options.loading():
         check_name(loading)
     paths = [model_path(loading, screen) for loading in options.loading()]
-    setups = [options.setup(build_layout(open_gguf(path))) for path in paths]
+    layouts = [build_layout(open_gguf(path), options.n_expert_used) for path in paths]
+    setups = [options.setup(layout) for layout in layouts]
     found = []
     for setup in setups:
         screen.say(model_line(setup.layout), *resident_lines(setup.layout))

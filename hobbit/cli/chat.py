@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 from ..render import Screen, model_line, resident_lines
 from .console import write
 from .loading import check_name, load, model_path, shown_name
+from .sessions import keeping, session_file
+from .signals import Farewell
 
 if TYPE_CHECKING:
+    from ..chat.session_file import SessionFile
     from ..generate import Result
     from ..llama import Llama
     from ..options import Options
@@ -18,21 +21,28 @@ if TYPE_CHECKING:
 
 def chat(options: Options) -> int:
     """Load the model and talk until the person leaves."""
+    from ..memory import resolve_cap
+
+    Farewell()
+    screen = Screen(options.quiet, options.color)
+    check_name(options)
+    resolve_cap(options.memory)
+    with session_file(options, screen) as file:
+        return _chat(options, screen, file)
+
+
+def _chat(options: Options, screen: Screen, file: SessionFile | None) -> int:
     from ..chat.display import Display, knows_screen_codes
     from ..chat.loop import Chat
     from ..chat.session import Session
     from ..chat.view import Live
     from ..gguf_file import open_gguf
     from ..layout import build_layout
-    from ..memory import resolve_cap
     from ..options import chosen_quality, grammar, sampling, system_prompt
     from ..planning.feedback import expected, expected_line, finished
 
-    screen = Screen(options.quiet, options.color)
-    check_name(options)
-    resolve_cap(options.memory)
     answer_grammar, system = grammar(options), system_prompt(options)
-    layout = build_layout(open_gguf(model_path(options, screen)))
+    layout = build_layout(open_gguf(model_path(options, screen)), options.n_expert_used)
     settings = sampling(options, layout.gguf.get, answer_grammar)
     quality = chosen_quality(options, layout)
     screen.say(model_line(layout), *resident_lines(layout))
@@ -41,7 +51,13 @@ def chat(options: Options) -> int:
         return load(layout, options, quality, screen)
 
     session = Session(
-        loaded(options, quality), settings, options, quality=quality, system=system, load=loaded
+        loaded(options, quality),
+        settings,
+        options,
+        quality=quality,
+        system=system,
+        load=loaded,
+        file=file,
     )
     with closing(session):
         llm = session.llm
@@ -51,9 +67,9 @@ def chat(options: Options) -> int:
         if forecast is not None:
             screen.say(expected_line(forecast))
         if options.think is not None:
-            session.template.check_switch()
+            session.prompts.check_switch()
             session.think = options.think
-        if not session.template.text:
+        if not session.prompts.text:
             screen.say("there is no chat template, or --raw: each text is completed")
         display = Display(
             Live(llm),
@@ -61,7 +77,7 @@ def chat(options: Options) -> int:
             screen_codes=knows_screen_codes(),
             color=screen.color,
             quiet=options.quiet,
-            verbose=options.verbose > 0,
+            stats=options.wanted_stats,
             hide_thinking=options.hide_thinking,
             panel=options.panel,
             whole=options.no_stream,
@@ -71,5 +87,6 @@ def chat(options: Options) -> int:
             # Memory and quality may have changed since the last answer.
             return finished(session.llm, shown_name(options), result, expected(session.llm))
 
-        Chat(session, display, screen, told).run()
+        with keeping(session):
+            Chat(session, display, screen, told).run()
     return 0

@@ -43,7 +43,7 @@ def default_map(group: Any) -> dict[str, Any]:
     path = config_path()
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as exc:
         raise UsageError(f"cannot read {path}: {exc.strerror}") from exc
@@ -73,7 +73,7 @@ def _flags(command: Any) -> dict[str, Any]:
     return {
         _long(param).removeprefix("--"): param
         for param in command.params
-        if param.param_type_name == "option" and param.name != "help"
+        if param.param_type_name == "option" and param.name != "help" and not param.hidden
     }
 
 

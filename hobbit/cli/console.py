@@ -42,10 +42,6 @@ def write(text: str) -> None:
         raise HobbitError(f"cannot write to stdout: {exc.strerror}") from exc
 
 
-def mute(text: str) -> None:
-    pass
-
-
 def forget_stdout() -> None:
     """Keep the interpreter from flushing into a closed pipe or a full disk when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

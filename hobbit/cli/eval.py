@@ -14,7 +14,18 @@ from ..render import Screen, model_line, resident_lines
 from .console import write
 from .flags import chosen, flag
 from .loading import check_name, load, model_path
-from .shared import Memory, ModelWord, Policy, Predictor, Quiet, Threads
+from .shared import (
+    Device,
+    Dispatch,
+    Memory,
+    ModelWord,
+    Policy,
+    Predictor,
+    Quiet,
+    Rpc,
+    Threads,
+    Vram,
+)
 
 if TYPE_CHECKING:
     from ..choices import ChoiceRow
@@ -77,6 +88,10 @@ def evaluate(
     memory: Memory = "auto",
     policy: Policy = "decay",
     predictor: Predictor = "auto",
+    device: Device = None,
+    vram: Vram = "auto",
+    rpc: Rpc = None,
+    dispatch: Dispatch = "auto",
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of tables.")
     ] = False,
@@ -157,6 +172,7 @@ def _evaluate(options: EvalOptions) -> int:
                 "cap_bytes": llm.stats.cap_bytes,
                 "cache_bytes": llm.stats.cache_bytes,
                 "io": llm.stats.io,
+                "device": llm.arena.to_dict() if llm.arena else None,
             }
         )
     if options.json_output:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from ..errors import UsageError
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -52,29 +50,14 @@ def _offline(value: bool) -> bool:
     return value
 
 
-def ignored(*names: str) -> Any:
-    """Take flags of llama.cpp that ask for what hobbit does anyway, or has no use for."""
-    return typer.Option(*names, hidden=True)
-
-
-def _refuse(param: typer.CallbackParam, value: Any) -> Any:
-    if value:
-        raise UsageError(
-            f"{param.opts[0]}: hobbit places experts itself; "
-            "say how much memory it may use with --memory"
-        )
-    return value
-
-
-def dead(*names: str) -> Any:
-    """Make a flag of llama.cpp that means nothing here: it is refused by name."""
-    return typer.Option(*names, hidden=True, callback=_refuse)
-
-
 def chosen(options: type[T], values: Mapping[str, Any]) -> T:
-    """Make a command's options of what its parameters came to; a repeatable flag is a tuple."""
+    """Make a command's options of what its parameters came to; a repeatable flag is a tuple.
+
+    What the command has no parameter for keeps its default.
+    """
     found = {}
     for field in fields(options):
-        value = values[field.name]
-        found[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
+        if field.name in values:
+            value = values[field.name]
+            found[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
     return options(**found)

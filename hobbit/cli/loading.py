@@ -72,6 +72,7 @@ def load(layout: Layout, options: Options, quality: Quality, screen: Screen) -> 
     from ..options import model_arguments
 
     trained = layout.gguf.get(f"{layout.gguf.arch}.context_length", 0)
+    quality = quality.of(layout)
     arguments = model_arguments(options, trained) | {"quality": quality}
 
     loading = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,19 @@ import typer
 from ..render import Screen, model_line, resident_lines
 from .console import write
 from .flags import MODEL_HELP, chosen, flag
-from .shared import CacheTypeK, CacheTypeV, ModelFlag, Offline, Quiet, Threads, UbatchSize
+from .shared import (
+    CacheTypeK,
+    CacheTypeV,
+    Device,
+    GpuLayers,
+    ModelFlag,
+    NExpertUsed,
+    Offline,
+    Quiet,
+    Rpc,
+    Threads,
+    UbatchSize,
+)
 
 if TYPE_CHECKING:
     from ..options import PlanOptions
@@ -43,12 +56,30 @@ def plan(
             help="Of another disk: its speed in 10^9 bytes a second (default: measured).",
         ),
     ] = None,
+    device: Device = None,
     vram: Annotated[
-        str, flag("--vram", help="Memory of a GPU to use: 0; experts are computed on the CPU.")
-    ] = "0",
+        str,
+        flag(
+            "--vram",
+            help="How much of the device's memory: 4G, or auto; without --device of a graphics "
+            "card that is not here.",
+        ),
+    ] = "auto",
+    rpc: Rpc = None,
+    gpu_layers: GpuLayers = "auto",
+    device_gbps: Annotated[
+        float | None,
+        flag(
+            "--device-gbps",
+            min=0.001,
+            help="How fast the device multiplies, in 10^9 bytes of weights a second (default: as "
+            "runs with it measured, or 200).",
+        ),
+    ] = None,
     quality: Annotated[
         str, flag("-Q", "--quality", help="exact, or what hobbit prepare has measured.")
     ] = "exact",
+    n_expert_used: NExpertUsed = None,
     ctx_size: Annotated[
         int | None,
         flag(
@@ -83,6 +114,7 @@ def plan(
 
 def _plan(options: PlanOptions) -> int:
     from ..errors import PlanError
+    from ..planning.others import others
     from ..planning.planner import plan
     from ..planning.report import llama_server_flags, plan_lines
 
@@ -93,16 +125,19 @@ def _plan(options: PlanOptions) -> int:
         n_ctx=options.ctx_size,
         n_threads=options.n_threads,
         quality=options.quality,
+        n_expert_used=options.n_expert_used,
         read_gbps=options.read_gbps,
         type_k=options.type_k,
         type_v=options.type_v,
         n_ubatch=options.ubatch_size,
         for_tok_s=options.for_tok_s,
         remeasure=options.remeasure,
+        **options.there,
     )
     layout = made.forecast.subject.layout
     if options.json_output:
-        write(json.dumps(made.to_dict(), ensure_ascii=False) + "\n")
+        found = made.to_dict() | {"others": [asdict(other) for other in others(made)]}
+        write(json.dumps(found, ensure_ascii=False) + "\n")
     elif options.llama_cpp:
         write(llama_server_flags(made) + "\n")
     else:

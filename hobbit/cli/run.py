@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..render import Screen, model_line, resident_lines, run_report, stats_line, verbose_lines
-from .console import is_terminal, mute, read_stdin, write
-from .flags import chosen, dead, flag, ignored
+from ..errors import UsageError
+from ..render import Screen, model_line, resident_lines, run_report, say_stats
+from .console import is_terminal, read_stdin
+from .flags import chosen, flag
 from .loading import check_name, load, model_path, shown_name
+from .sessions import keeping, session_file
 from .shared import (
     T1,
     T2,
@@ -25,6 +25,8 @@ from .shared import (
     Color,
     CtxSize,
     Deterministic,
+    Device,
+    Dispatch,
     FlashAttn,
     GpuLayers,
     HfFile,
@@ -32,25 +34,35 @@ from .shared import (
     Io,
     IoThreads,
     LowFile,
+    MainGpu,
     Memory,
     ModelFlag,
+    NExpertUsed,
     Offline,
     Patience,
     Policy,
     Predictor,
     Quality,
     ResidentLow,
+    Rpc,
+    SplitMode,
     Threads,
     ThreadsBatch,
     UbatchSize,
+    Vram,
     WarmStart,
 )
 from .signals import signal_code
 
 if TYPE_CHECKING:
+    from ..chat.prompts import Prompts
+    from ..chat.session_file import SessionFile
     from ..generate import Prompt
+    from ..layout import Layout
     from ..llama import Llama
     from ..options import Options
+    from .destination import Destination
+    from .forms import Form
 
 
 def run(
@@ -69,6 +81,9 @@ def run(
     offline: Offline = False,
     prompt: Annotated[str | None, flag("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, flag("-f", "--file", help="Read the prompt from FILE.")] = None,
+    escape: Annotated[
+        bool, flag("-e", "--escape", help="Read \\n, \\t and the like in -p and PROMPT as C does.")
+    ] = False,
     system_prompt: Annotated[
         str | None, flag("-sys", "--system-prompt", "--system", help="System prompt.")
     ] = None,
@@ -93,6 +108,8 @@ def run(
     batch_size: BatchSize = 2048,
     ubatch_size: UbatchSize = 512,
     gpu_layers: GpuLayers = "auto",
+    main_gpu: MainGpu = 0,
+    split_mode: SplitMode = "layer",
     flash_attn: FlashAttn = "auto",
     cache_type_k: CacheTypeK = "f16",
     cache_type_v: CacheTypeV = "f16",
@@ -134,6 +151,7 @@ def run(
     deterministic: Deterministic = False,
     low_file: LowFile = None,
     resident_low: ResidentLow = "auto",
+    n_expert_used: NExpertUsed = None,
     warm_start: WarmStart = True,
     record: Annotated[
         Path | None,
@@ -145,24 +163,18 @@ def run(
     ] = None,
     io: Io = "auto",
     io_threads: IoThreads = 0,
-    device: Annotated[
-        str | None,
-        flag(
-            "--device",
-            "-dev",
-            help="Let this device (ggml's name for it) hold experts too, and compute those it "
-            "holds: docs/devices.md.",
-        ),
-    ] = None,
-    vram: Annotated[
-        str, flag("--vram", help="How much of the device's memory: 4G, or auto.")
-    ] = "auto",
-    rpc: Annotated[
-        str | None,
-        flag("--rpc", help="HOST:PORT of a llama.cpp RPC server whose device is to be used."),
+    device: Device = None,
+    vram: Vram = "auto",
+    rpc: Rpc = None,
+    dispatch: Dispatch = "auto",
+    output: Annotated[
+        Path | None, flag("-o", "--output", help="Write the answer to FILE, not to stdout.")
     ] = None,
     json_output: Annotated[
         bool, flag("--json", help="Print one JSON object instead of the answer.")
+    ] = False,
+    jsonl: Annotated[
+        bool, flag("--jsonl", help="Print JSON objects, one a line, as the answer comes.")
     ] = False,
     no_stream: Annotated[
         bool, flag("--no-stream", help="Print the answer when it is whole.")
@@ -180,22 +192,27 @@ def run(
     panel: Annotated[
         bool, flag("--panel", help="In a chat: show hits, reads, memory and speed as they change.")
     ] = False,
+    session: Annotated[
+        str | None,
+        flag("--session", help="Go on with the conversation kept under this name, and keep it."),
+    ] = None,
+    continue_last: Annotated[
+        bool, flag("--continue", help="Go on with the session that was used last.")
+    ] = False,
+    stats: Annotated[
+        str | None,
+        flag(
+            "--stats",
+            help="What follows an answer on stderr: none, line, full or json (default: line; "
+            "full with -v, none with -q).",
+        ),
+    ] = None,
     verbose: Annotated[
         int,
         flag("--verbose", "-v", count=True, help="Show plan and timings; -vv: llama.cpp's log."),
     ] = 0,
     quiet: Annotated[bool, flag("--quiet", "-q", help="Print nothing but the answer.")] = False,
     color: Color = "auto",
-    cpu_moe: Annotated[bool, dead("-cmoe", "--cpu-moe")] = False,
-    n_cpu_moe: Annotated[str | None, dead("-ncmoe", "--n-cpu-moe")] = None,
-    override_tensor: Annotated[str | None, dead("-ot", "--override-tensor")] = None,
-    conversation: Annotated[
-        bool, ignored("-cnv", "--conversation", "-no-cnv", "--no-conversation")
-    ] = False,
-    single_turn: Annotated[bool, ignored("-st", "--single-turn")] = False,
-    show_timings: Annotated[bool, ignored("--show-timings", "--no-show-timings")] = False,
-    load_mode: Annotated[bool, ignored("--mmap", "--no-mmap", "--mlock")] = False,
-    escape: Annotated[bool, ignored("-e", "--escape")] = False,
 ) -> int:
     """Answer a prompt; without one, on a terminal, chat."""
     from ..options import Options
@@ -204,35 +221,52 @@ def run(
     if options.wants_chat and is_terminal():
         from .chat import chat
 
+        if options.output:
+            raise UsageError(
+                f"-o {options.output}: takes one answer: give a prompt with -p; /save is for a chat"
+            )
         return chat(options)
     return _run(options)
 
 
 def _run(options: Options) -> int:
-    from ..chat.flow import WithoutThoughts
-    from ..generate import Prompt, generate, has_chat_template
-    from ..gguf_file import open_gguf
-    from ..layout import build_layout
     from ..memory import resolve_cap
-    from ..options import (
-        DEMO_PROMPT,
-        chosen_quality,
-        grammar,
-        read_prompt,
-        sampling,
-        system_prompt,
-    )
-    from ..planning.feedback import expected, expected_line, finished
+    from ..options import grammar, read_prompt, system_prompt
+    from .destination import destination
 
-    screen = Screen(options.quiet, options.color)
+    screen = Screen(options.is_silent, options.color)
     check_name(options)
     # What needs no model to be found wrong is told before one is fetched, made or loaded.
     resolve_cap(options.memory)
     answer_grammar = grammar(options)
     text = read_prompt(options, read_stdin(screen))
     system = system_prompt(options)
+    # Not before stdin has ended: who writes it may be another hobbit, with the same session.
+    with session_file(options, screen) as file, destination(options.output) as out:
+        return _answer(options, screen, out, text, system, answer_grammar, file)
+
+
+def _answer(
+    options: Options,
+    screen: Screen,
+    out: Destination,
+    text: str,
+    system: str,
+    answer_grammar: str,
+    file: SessionFile | None,
+) -> int:
+    """Load the model and answer; the exit code."""
+    from ..chat.prompts import Prompts
+    from ..chat.session import Session
+    from ..generate import Prompt, generate, has_chat_template
+    from ..gguf_file import open_gguf
+    from ..layout import build_layout
+    from ..options import DEMO_PROMPT, chosen_quality, sampling
+    from ..planning.feedback import expected, expected_line, finished
+
     path = model_path(options, screen)
-    layout = build_layout(open_gguf(path))
+    layout = build_layout(open_gguf(path), options.n_expert_used)
+    _check_output(options, layout)
     settings = sampling(options, layout.gguf.get, answer_grammar)
     quality = chosen_quality(options, layout)
     if not text:
@@ -249,50 +283,67 @@ def _run(options: Options) -> int:
         if forecast is not None:
             screen.say(expected_line(forecast))
         chat = has_chat_template(llm) and not options.raw
-        if system and not chat:
+        if system and not chat and file is None:
             screen.say("the system prompt is not used: there is no chat template, or --raw")
-        whole = options.no_stream or options.json_output
-        prompt = Prompt(text, system, chat)
+        prompts = Prompts(llm, options.raw)
         if options.think is not None:
-            prompt = _thinking(llm, prompt, options)
-        shown = _shown(llm, options)
-        result = generate(llm, prompt, settings, mute if whole else shown)
-        missed = finished(llm, shown_name(options), result, forecast)
-        if options.json_output:
+            prompts.check_switch()
+        form = _form(prompts, options, out)
+        llm.on_progress = form.progress
+        session = Session(llm, settings, options, system=system, file=file) if file else None
+        with keeping(session):
+            notes: list[str] = []
+            if session is None:
+                prompt = _prompt(prompts, Prompt(text, system, chat), options, bool(answer_grammar))
+                result = generate(llm, prompt, settings, form.text)
+            else:
+                session.think = options.think
+                reply = session.ask(text, form.text)
+                result, notes = reply.result, reply.notes("the session")
+            missed = finished(llm, shown_name(options), result, forecast)
             config = options.resolved(settings) | {"model": str(path), "chat": chat}
             config |= {"threads": llm.n_threads, "ctx_size": llm.n_ctx()}
-            report = run_report(result, llm.plan, llm.quality, config, load_s)
-            write(json.dumps(report, ensure_ascii=False))
-        elif whole:
-            shown(result.text)
-        if isinstance(shown, WithoutThoughts):
-            shown.end()
-        write("\n")
-        if options.verbose:
-            screen.say(*verbose_lines(result, load_s))
-        screen.say(stats_line(result, llm.quality, missed))
+            config |= {"session": file.name if file else None}
+            config |= {"n_expert_used": layout.n_expert_used or None}
+            form.end(result, run_report(result, llm.plan, llm.quality, config, load_s))
+            out.keep = out.keep or result.signal is None
+            screen.say(*notes)
+            say_stats(screen, options.wanted_stats, result, llm.plan, llm.quality, load_s, missed)
     return 0 if result.signal is None else signal_code(result.signal)
 
 
-def _thinking(llm: Llama, prompt: Prompt, options: Options) -> Prompt:
-    """Return the prompt as the chat template writes it when it is told to think or not."""
-    from ..chat.template import ChatTemplate
+def _prompt(prompts: Prompts, prompt: Prompt, options: Options, constrained: bool) -> Prompt:
+    """Return the prompt as the template writes it where it is told to think or not."""
     from ..chat.transcript import Message
 
-    template = ChatTemplate(llm, options.raw)
-    template.check_switch()
+    if options.think is None and not prompts.has_channels:
+        return prompt
     messages = [Message(m["role"], m["content"]) for m in prompt.messages()]
-    return replace(prompt, tokens=tuple(template.tokens(template.render(messages, options.think))))
+    text = prompts.render(messages, options.think, plain=constrained)
+    channels = prompts.has_channels and not constrained
+    return replace(prompt, tokens=tuple(prompts.tokens(text)), channels=channels)
 
 
-def _shown(llm: Llama, options: Options) -> Callable[[str], None]:
-    """Return what writes the pieces of an answer that a person wants to see."""
-    from ..chat.flow import WithoutThoughts
-    from ..chat.template import ChatTemplate
+def _form(prompts: Prompts, options: Options, out: Destination) -> Form:
+    """Return what writes the answer in the form that is asked for."""
+    from .forms import Object, Stream, Text
 
-    if not options.hide_thinking:
-        return write
-    return WithoutThoughts(write, ChatTemplate(llm, options.raw).opens_thoughts(options.think))
+    if options.json_output:
+        return Object(out)
+    hide = options.hide_thinking
+    inside = (hide or options.jsonl) and prompts.opens_thoughts(options.think)
+    if options.jsonl:
+        return Stream(out, hide_thinking=hide, inside=inside)
+    return Text(out, whole=options.no_stream, hide_thinking=hide, inside=inside)
+
+
+def _check_output(options: Options, layout: Layout) -> None:
+    """Refuse to put the answer in the place of the model."""
+    path = options.output.expanduser() if options.output else None
+    if path is None or not path.exists():
+        return
+    if any(path.samefile(part.path) for part in layout.gguf.parts):
+        raise UsageError(f"-o {path}: that is the model: name a file for the answer")
 
 
 def _schedule(llm: Llama, options: Options) -> AbstractContextManager[None]:

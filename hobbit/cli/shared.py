@@ -40,6 +40,34 @@ ThreadsBatch = Annotated[
 ]
 BatchSize = Annotated[int, flag("-b", "--batch-size", min=1, help="Logical batch.")]
 GpuLayers = Annotated[str, flag("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on a GPU.")]
+MainGpu = Annotated[
+    int, flag("-mg", "--main-gpu", min=0, help="The GPU of -ngl where -sm is none or row.")
+]
+SplitMode = Annotated[
+    str, flag("-sm", "--split-mode", help="How -ngl splits over GPUs: layer, row or none.")
+]
+Device = Annotated[
+    str | None,
+    flag(
+        "--device",
+        "-dev",
+        help="Let this device (ggml's name for it) hold experts too, and compute those it holds: "
+        "docs/devices.md.",
+    ),
+]
+Vram = Annotated[str, flag("--vram", help="How much of the device's memory: 4G, or auto.")]
+Rpc = Annotated[
+    str | None,
+    flag("--rpc", help="HOST:PORT of a llama.cpp RPC server whose device is to be used."),
+]
+Dispatch = Annotated[
+    str,
+    flag(
+        "--dispatch",
+        help="Who computes an expert: auto (by what it costs), device, cpu, or split (the device "
+        "what is there, the CPU the rest).",
+    ),
+]
 FlashAttn = Annotated[str, flag("-fa", "--flash-attn", help="on, off or auto.")]
 Quality = Annotated[
     str,
@@ -78,6 +106,16 @@ LowFile = Annotated[
 ResidentLow = Annotated[
     str,
     flag("--resident-low", help="Keep all low copies in memory: auto, on or off."),
+]
+NExpertUsed = Annotated[
+    int | None,
+    flag(
+        "--n-expert-used",
+        metavar="N",
+        min=1,
+        help="Experts of a layer that a token uses (default: the model's own number; another is "
+        "not exact).",
+    ),
 ]
 WarmStart = Annotated[
     bool,

@@ -13,7 +13,7 @@ from ..sizes import format_size
 from .console import write
 from .flags import chosen, flag
 from .loading import check_name, load, model_path
-from .shared import Memory, ModelWord, Policy, Predictor, Quiet, Threads
+from .shared import Memory, ModelWord, NExpertUsed, Policy, Predictor, Quiet, Threads
 
 if TYPE_CHECKING:
     from ..options import Options, TraceOptions
@@ -49,6 +49,7 @@ def trace(
     memory: Memory = "auto",
     policy: Policy = "decay",
     predictor: Predictor = "auto",
+    n_expert_used: NExpertUsed = None,
     quiet: Quiet = False,
 ) -> int:
     """Record which experts a text needs, or show such a record."""
@@ -87,7 +88,7 @@ def _record_routing(options: TraceOptions, loading: Options, dest: Path, screen:
     resolve_cap(options.memory)
     check_dest(dest)
     text = read(options.file)
-    layout = build_layout(open_gguf(model_path(loading, screen)))
+    layout = build_layout(open_gguf(model_path(loading, screen)), options.n_expert_used)
     screen.say(model_line(layout), *resident_lines(layout))
     quality = Quality(EXACT_NAME, EXACT, layout.low)
     with closing(load(layout, loading, quality, screen)) as llm, screen.progress() as report:

@@ -22,7 +22,7 @@ def why(
     record = last_run()
     try:
         found = explain(record)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise HobbitError(
             "there is nothing to explain: no run has ended here yet, or what it left cannot be "
             "read; hobbit run leaves it"

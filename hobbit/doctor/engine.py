@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from ..arena import DeviceInfo
 from ..cpus import has_amx
+from ..errors import HobbitError
+from ..sizes import format_size
 from .check import Check
 
 _PACKAGE, _OURS = "llama-cpp-python", "hobbit-moe"
@@ -30,7 +35,10 @@ def checks() -> Iterator[Check]:
         return
     yield _features(said)
     yield _devices(said, offload)
-    yield _plugin()
+    plugin = _plugin()
+    yield plugin
+    if plugin.state == "ok":
+        yield from _experts()
 
 
 def _build() -> Check:
@@ -63,6 +71,33 @@ def _devices(said: str, offload: bool) -> Check:
     found = ", ".join(names) or "none named"
     gpu = "a GPU can take the dense layers (-ngl)" if offload else "no GPU in this build"
     return Check("devices", "ok", f"{found}; {gpu}", facts={"backends": names, "gpu": offload})
+
+
+def _experts() -> Iterator[Check]:
+    """Look at each device of this machine that could hold experts.
+
+    A server that this process reached is none, and may be gone: asking it could take for ever.
+    """
+    from ..devices import Device, names
+
+    for name in (name for name in names() if not re.fullmatch(r"RPC\d+", name)):
+        try:
+            with closing(Device(name)) as device:
+                yield _device(device.info)
+        except HobbitError as exc:
+            advice = "check its driver, or do without: --device none"
+            yield Check(f"device {name}", "warn", str(exc), advice)
+
+
+def _device(info: DeviceInfo) -> Check:
+    free = f"{format_size(info.free_bytes)} of {format_size(info.total_bytes)} free"
+    if info.shares_memory:
+        whose = "the machine's own memory, so part of --memory"
+        use = f"--device {info.name} --vram SIZE"
+    else:
+        whose, use = "memory of its own", f"--device {info.name}"
+    words = f"{info.description}, {free}, {whose}; holds experts with {use}"
+    return Check(f"device {info.name}", "ok", words, facts=asdict(info))
 
 
 def _plugin() -> Check:

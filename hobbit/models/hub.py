@@ -63,7 +63,7 @@ def asking(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except errors.OfflineModeIsEnabled as exc:
-        raise _offline(what) from exc
+        raise offline(what) from exc
     except errors.GatedRepoError as exc:
         raise HubError(
             f"{what}: its makers want to know who uses it: accept their terms on its page, and "
@@ -92,7 +92,7 @@ def asking(what: str) -> Iterator[None]:
 def repository(name: str) -> Repository:
     """List a repository's files with their sizes."""
     if is_offline():
-        raise _offline(name)
+        raise offline(name)
     from huggingface_hub import HfApi
 
     with asking(name):
@@ -121,7 +121,7 @@ def remote_header(repo: Repository, files: list[str]) -> GGUF:
         return parse_part(lambda length, at: read_range(url, at, length), path, size, index)
 
     if is_offline():
-        raise _offline(repo.name)
+        raise offline(repo.name)
     with asking(repo.name):
         return join_parts(Path(files[0].rsplit("/", 1)[-1]), read_part)
 
@@ -140,7 +140,8 @@ def read_range(url: str, offset: int, length: int) -> bytes:
         return bytes(answer.read())
 
 
-def _offline(what: str) -> Unreachable:
+def offline(what: str) -> Unreachable:
+    """Return the error for what is not here, and may not be fetched."""
     return Unreachable(
         f"{what}: is not on this machine, and HF_HUB_OFFLINE or --offline forbids to fetch it"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -79,8 +79,8 @@ class Located:
 
 def check(name: str) -> None:
     """Raise ModelError for what can be no model's name; neither network nor header is asked."""
-    path, wanted = Path(name).expanduser(), parse_name(name)
-    is_path = path.exists() or path.suffix.lower() == ".gguf"
+    path, wanted = _path(name), parse_name(name)
+    is_path = _is_there(path) or path.suffix.lower() == ".gguf"
     if not is_path and not wanted.is_repository and _known(wanted.base) is None:
         stored = stored_models()
         if _of_base(stored, wanted) is None:
@@ -96,8 +96,8 @@ def locate(name: str | None) -> Located:
     """
     if name is None or name == DEMO:
         return _demo()
-    path = Path(name).expanduser()
-    if path.exists() or (path.suffix.lower() == ".gguf" and ":" not in name):
+    path = _path(name)
+    if _is_there(path) or (path.suffix.lower() == ".gguf" and ":" not in name):
         return _file(name, path)
     wanted = parse_name(name)
     known = _known(wanted.base)
@@ -116,8 +116,8 @@ def locate_here(name: str) -> Located:
     """Find a model as `locate` does, on this machine only; without a path it is not here."""
     if name == DEMO:
         return _demo()
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _path(name)
+    if _is_there(path):
         return _file(name, path)
     wanted = parse_name(name)
     known = _known(wanted.base)
@@ -128,6 +128,21 @@ def locate_here(name: str) -> Located:
     return _local(name, here or _by_part(name, stored), known)
 
 
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of a user who is not there
+        return Path(name)
+
+
+def _is_there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """Say whether there is such a thing; what cannot be looked at, or be a path, is not there."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
+
+
 def _demo() -> Located:
     known = known_models()[DEMO]
     if demo.path().is_file():
@@ -136,7 +151,7 @@ def _demo() -> Located:
 
 
 def _file(name: str, path: Path) -> Located:
-    if not path.is_dir():
+    if not _is_there(path, Path.is_dir):
         return Located(name, quant_of(path.name), path, FILE)
     models = models_in(path)
     if len(models) != 1:
@@ -184,7 +199,7 @@ def _by_part(name: str, stored: Sequence[Stored]) -> Stored:
         names = ", ".join(model.name for model in found[:4])
         raise ModelError(f"{name!r} is a part of several models' names: {names}: name one")
     near = difflib.get_close_matches(name.lower(), known_models(), n=3, cutoff=0.5)
-    hint = f"; known: {', '.join(near)}" if near else ""
+    hint = f" (as {', '.join(near)})" if near else ""
     prompt = " (a prompt for it is given with -p)" if " " in name else ""
     raise ModelError(
         f"no model is called {name!r}: name a .gguf file, a repository as user/name, one of "

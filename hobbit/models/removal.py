@@ -70,7 +70,10 @@ def _from_hub(stored: Stored, low: tuple[Path, ...]) -> Removal:
         freed = _strategy([commit.name]).expected_freed_size + _bytes(low)
         return Removal(stored.name, low, (commit.name,), freed)
     used = {f.resolve() for f in commit.parent.rglob("*.gguf") if f not in stored.paths}
-    blobs = [path.resolve() for path in stored.paths if path.resolve() not in used]
+    # A link that somebody made to a file of theirs goes, and the file stays.
+    own = commit.parents[1].resolve()
+    links = [path.resolve() for path in stored.paths]
+    blobs = [path for path in links if path not in used and path.is_relative_to(own)]
     gone = tuple(dict.fromkeys([*stored.paths, *blobs, *low]))
     return Removal(stored.name, gone, freed=_bytes([*blobs, *low]))
 

@@ -23,6 +23,7 @@ _BENCH_PARTS = {
     "stall_s": "waiting",
     "predict_s": "predicting",
     "manage_s": "cache",
+    "device_wait_s": "the device",
     "rest_s": "the rest",
 }
 
@@ -72,11 +73,17 @@ def _bench(rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
     return [
         _time(
             f"{row['mode']}, {row['test']}: a token's time",
-            {name: 1e3 * row["breakdown"][part] for part, name in _BENCH_PARTS.items()},
+            _parts(row["breakdown"]),
             full,
         )
         for row in found
     ]
+
+
+def _parts(breakdown: Mapping[str, float]) -> dict[str, float]:
+    """Return milliseconds by name; a device's only where there was one."""
+    found = {name: 1e3 * breakdown.get(part, 0.0) for part, name in _BENCH_PARTS.items()}
+    return {n: ms for n, ms in found.items() if ms or n != _BENCH_PARTS["device_wait_s"]}
 
 
 def _eval(data: Mapping[str, Any]) -> Points:

@@ -2,7 +2,8 @@
 
 A token's dense weights and active experts go through the processor (compute), its missed experts
 through the disk. The two overlap, but not wholly: measured, the time is close to the root of the
-sum of their squares. `docs/plan.md` has the measurements behind every constant here.
+sum of their squares. A device computes the experts that it holds while the processor computes the
+others: what takes longer counts. `docs/plan.md` has the measurements behind every constant here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LOOKED_UP = ("token_embd.weight", "per_layer_token_embd.weight")
 FIRST_TOKENS = 200
 _VERDICTS = ((15.0, "FAST"), (8.0, "GOOD"), (3.0, "USABLE"), (0.0, "SLOW"))
 
-Limit = Literal["disk", "compute"]
+Limit = Literal["disk", "compute", "device"]
 
 
 class Range(NamedTuple):
@@ -37,9 +38,10 @@ class Range(NamedTuple):
     high: float
 
 
-# With a share s of the experts cached, misses are (1 - s)^a. Chosen uniformly at random, a would be
-# 1; the models measured have 1.8 to 3.6.
-EXPONENTS = Range(1.8, 2.7, 3.6)
+# With a share s of the experts cached, misses are (1 - s)^a; chosen uniformly at random, a would be
+# 1. It is a model's own, nearly the same at every cap, and no header tells it: so the middle is as
+# many times the least that was measured as it is below the most that is assumed.
+EXPONENTS = Range(1.75, math.sqrt(1.75 * 3.6), 3.6)
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,55 @@ class Speeds:
 
 
 @dataclass(frozen=True)
+class DeviceCosts:
+    """What a device takes: bytes of weights a second, and seconds for each layer besides.
+
+    A measured rate has the latter in it.
+    """
+
+    bytes_s: float
+    batch_s: float
+    source: Literal["given", "measured", "assumed"]
+
+
+@dataclass(frozen=True)
+class There:
+    """What a device holds, as a share of all experts, and what it takes.
+
+    `dense` is its share of the dense weights. Unless it is `apart`, it reads the memory that the
+    processor reads: what one of them gets of the memory's speed the other does not.
+    """
+
+    share: float
+    costs: DeviceCosts
+    apart: bool = True
+    dense: float = 0.0
+
+    def hits(self, share: float, exponent: float) -> Range:
+        """Return the hits on the device where `share` of the experts is cached, here or there.
+
+        At the least it holds of the experts in use what it holds of all that are cached, at the
+        most those that are used most.
+        """
+        if share <= 0:
+            return Range(0.0, 0.0, 0.0)
+        even = hit_rate(share, exponent) * min(self.share / share, 1.0)
+        best = max(hit_rate(self.share, exponent), even)
+        return Range(even, (even + best) / 2, best)
+
+
+@dataclass(frozen=True)
 class Mix:
-    """What a quality makes of exact: shares of the pairs by precision, and of the bytes read."""
+    """What a quality makes of exact: shares of the pairs by precision, and of the bytes read.
+
+    `read` is what the same number of misses reads, of exact's; `room` how many times as many copies
+    the cache holds.
+    """
 
     high: float = 1.0
     low: float = 0.0
     read: float = 1.0
+    room: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +139,8 @@ class Estimate:
     first_token_s: Range
     limit: Limit
     missed_bytes: int = field(default=0)
+    device_hit: Range | None = None
+    device_s: float = 0.0
 
     @property
     def verdict(self) -> str:
@@ -165,35 +212,77 @@ def estimate(
     exponents: Range = EXPONENTS,
     mix: Mix | None = None,
     n_ubatch: int = 512,
+    there: There | None = None,
 ) -> Estimate:
-    """Return what a plan comes to at these speeds."""
-    mix, share = mix or Mix(), plan.cached_share
+    """Return what a plan comes to at these speeds; `there` is a device's part of it."""
+    mix = mix or Mix()
+    share = min(cached_share(plan, there) * mix.room, 1.0)
     hits = [hit_rate(share, exponent) for exponent in exponents]
-    if plan.below_cliff:
+    if plan.below_cliff and mix.room == 1.0:
         hits[0] = 0.0  # where the least recently used expert goes, nothing is there
-    compute_s = DECODE_OVERHEAD * _seconds(_mixed(work, mix), speeds.decode)
-    read = 0.0 if plan.low_is_resident else work.token_bytes * mix.read
+    on_device = there.hits(share, exponents.mid) if there else Range(0.0, 0.0, 0.0)
+    computed = [_computed(work, mix, speeds, there, hit) for hit in on_device]
+    compute_s, device_s = computed[1]
+    busy = [max(each) for each in computed]
+    read = work.token_bytes * mix.read
     disk = [read * (1 - hit) / speeds.read for hit in hits]
     slow, fast = 1 + COMPUTE_SPREAD, 1 - COMPUTE_SPREAD
+    # A device that is slower than the processor makes more hits on it the worse.
     times = [
-        together(compute_s * factor, seconds)
-        for factor, seconds in zip((slow, 1.0, fast), disk, strict=True)
+        together(seconds, read_s)
+        for seconds, read_s in zip((max(busy) * slow, busy[1], min(busy) * fast), disk, strict=True)
     ]
-    first = _first_token(work, plan, speeds, n_ubatch)
+    first = _first_token(work, plan, speeds, mix, n_ubatch, share)
+    computing: Limit = "device" if device_s > compute_s else "compute"
     return Estimate(
         tok_s=Range(*(1 / time for time in times)),
         hit=Range(*hits),
         compute_s=compute_s,
         disk_s=disk[1],
         first_token_s=Range(*(seconds + times[1] for seconds in first)),
-        limit="disk" if disk[1] > compute_s else "compute",
+        limit="disk" if disk[1] > busy[1] else computing,
         missed_bytes=round(read * (1 - hits[1])),
+        device_hit=on_device if there else None,
+        device_s=device_s,
     )
 
 
-def _mixed(work: Work, mix: Mix) -> dict[int, float]:
+def cached_share(plan: MemoryPlan, there: There | None) -> float:
+    """Return the share of all experts that has a place, here or on a device."""
+    return min(plan.cached_share + (there.share if there else 0.0), 1.0)
+
+
+def _computed(
+    work: Work, mix: Mix, speeds: Speeds, there: There | None, hit: float
+) -> tuple[float, float]:
+    """Return the seconds in which the processor is busy with a token, and those of the device.
+
+    The dense weights come before and after the experts of each layer, whoever computes them.
+    """
+    here = DECODE_OVERHEAD * _seconds(_mixed(work, mix, hit), speeds.decode)
+    if there is None:
+        return here, 0.0
+    dense = DECODE_OVERHEAD * _seconds(_mixed(work, Mix(0.0)), speeds.decode)
+    layers = there.dense * sum(work.dense.values()) / there.costs.bytes_s
+    gained = there.dense * dense - layers
+    here, dense = here - gained, dense - gained
+    if hit <= 0:
+        return here, 0.0
+    bytes_there = hit * mix.high * sum(work.experts.values())
+    device = bytes_there / there.costs.bytes_s + len(work.pieces) * there.costs.batch_s
+    return (here, dense + device) if there.apart else (here + device, 0.0)
+
+
+def processor_rate(work: Work, speeds: Speeds) -> float:
+    """Return how many bytes of this model's experts the processor multiplies with in a second."""
+    return sum(work.experts.values()) / _seconds({**work.experts}, speeds.decode)
+
+
+def _mixed(work: Work, mix: Mix, elsewhere: float = 0.0) -> dict[int, float]:
+    """Return bytes by type to multiply with here; high copies `elsewhere`, as a share, are not."""
     found: dict[int, float] = {kind: float(size) for kind, size in work.dense.items()}
-    for share, of in ((mix.high, work.experts), (mix.low, work.low)):
+    high = mix.high * (1 - elsewhere)
+    for share, of in ((high, work.experts), (mix.low, work.low)):
         for kind, size in of.items():
             found[kind] = found.get(kind, 0.0) + share * size
     return found
@@ -205,14 +294,21 @@ def _seconds(sizes: Mapping[int, float], speeds: Mapping[int, float]) -> float:
     return sum(size / speeds.get(kind, slowest) for kind, size in sizes.items())
 
 
-def _first_token(work: Work, plan: MemoryPlan, speeds: Speeds, n_ubatch: int) -> list[float]:
-    """Return the seconds of a prompt: with the cache as full as it gets, as usual, and empty."""
-    weights = _mixed(work, Mix())
+def _first_token(
+    work: Work, plan: MemoryPlan, speeds: Speeds, mix: Mix, n_ubatch: int, share: float
+) -> list[float]:
+    """Return the seconds of a prompt: with the cache as full as it gets, as usual, and empty.
+
+    What a device computes of it is not counted as a gain. Where some pairs are high, an expert of a
+    ubatch is: it gets the strongest need of its tokens.
+    """
+    mix = Mix() if mix.high and not plan.low_is_resident else mix
+    weights = _mixed(work, mix)
     compute = FIRST_TOKENS * PROMPT_OVERHEAD * _seconds(weights, speeds.prompt)
     ubatches = math.ceil(FIRST_TOKENS / n_ubatch)
     tokens = min(FIRST_TOKENS, n_ubatch)
-    touched = sum(total * (1 - (1 - used) ** tokens) for total, used in work.pieces)
-    absent = 0.0 if plan.low_is_resident else 1 - plan.cached_share
+    touched = mix.read * sum(total * (1 - (1 - used) ** tokens) for total, used in work.pieces)
+    absent = 1 - share
     warm = together(compute, ubatches * touched * absent / speeds.read)
     cold = together(compute, touched * (1 + (ubatches - 1) * absent) / speeds.read)
     return [min(compute, warm), warm, cold]

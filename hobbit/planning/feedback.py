@@ -8,32 +8,40 @@ from __future__ import annotations
 import os
 import resource
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cpus import physical_cores
 from ..errors import HobbitError
-from ..fingerprint import fingerprint
 from ..folders import recall, remember, state_folder
 from ..low_file import find_low
 from ..memory import total_memory
 from ..quality import calibrated, low_copies
 from . import history
-from .estimate import Estimate
+from .estimate import Estimate, cached_share
 from .parts import Context
 from .planner import Forecast, known_forecast
 from .subject import Subject
+from .tiers import learn
 
 if TYPE_CHECKING:
-    from ..generate import Result
     from ..llama import Llama
     from ..stats import Stats
 
 LAST_RUN = "last-run.json"
 SCHEMA = "hobbit.last-run/1"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class Outcome(Protocol):
+    """What came of a run: the counters of all of it, and of what came after the first token."""
+
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def decode(self) -> Stats: ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,21 @@ def expected(llm: Llama) -> Expected | None:
     """Predict a loaded model's speed, if that needs no measurement: see `hobbit plan`."""
     with suppress(HobbitError):
         layout, params = llm.layout, llm.context_params
-        model = fingerprint(layout.gguf)
         found = Subject(layout.gguf.parts[0].path.name, layout, layout.gguf.parts[0].path)
         context = Context(llm.n_ctx(), params.n_ubatch, params.type_k, params.type_v)
-        forecast = known_forecast(found, context, llm.quality, llm.n_threads, model)
+        forecast = known_forecast(found, context, llm.quality, llm.n_threads, llm.fingerprint)
         if forecast is not None:
-            return Expected(model, forecast, forecast.expect(llm.plan))
+            forecast = _with_device(forecast, llm)
+            return Expected(llm.fingerprint, forecast, forecast.expect(llm.plan))
     return None
+
+
+def _with_device(forecast: Forecast, llm: Llama) -> Forecast:
+    """Return the forecast with what the model has on a device that computes experts."""
+    if llm.arena is None:
+        return forecast
+    layers = [part for part in llm.offloaded if part.device == llm.arena.device.name]
+    return replace(forecast.with_arena(llm.arena), offloaded=layers[0] if layers else None)
 
 
 def expected_line(found: Expected) -> str:
@@ -67,13 +83,17 @@ def expected_line(found: Expected) -> str:
     )
 
 
-def finished(llm: Llama, name: str, result: Result, found: Expected | None) -> str:
+def finished(llm: Llama, name: str, result: Outcome, found: Expected | None) -> str:
     """Keep what the run was like; say so in a few words if it was not what was predicted."""
     run = _run(llm, result, found) if found else None
     record = _record(llm, name, result, found)
     with suppress(HobbitError):
+        if llm.arena is not None and result.decode.device_pairs:
+            decode, size = result.decode, _pair_bytes(llm)
+            learn(llm.arena.device, size, decode.device_pairs, decode.device_s)
         remember(LAST_RUN, record, state_folder)
-        if run is not None and found is not None:
+        # With another number of experts the hits are others.
+        if run is not None and found is not None and not llm.layout.other_number:
             history.keep(found.model, run)
     if run is None or not run.is_missed:
         return ""
@@ -87,7 +107,7 @@ def last_run() -> dict[str, Any]:
     return found if found.get("schema") == SCHEMA else {}
 
 
-def _run(llm: Llama, result: Result, found: Expected) -> history.Run | None:
+def _run(llm: Llama, result: Outcome, found: Expected) -> history.Run | None:
     decode, token_bytes = _decode(result), found.forecast.work.token_bytes
     if decode.tokens_generated < history.MIN_TOKENS or decode.tok_s <= 0:
         return None
@@ -98,25 +118,30 @@ def _run(llm: Llama, result: Result, found: Expected) -> history.Run | None:
     return history.Run(
         *found.estimate.tok_s,
         measured=decode.tok_s,
-        share=llm.plan.cached_share,
+        share=cached_share(llm.plan, found.forecast.there),
         hit=min(max(hit, 0.0), 1.0),
         exact=llm.rule.is_exact and decode is result.decode,
     )
 
 
-def _decode(result: Result) -> Stats:
+def _pair_bytes(llm: Llama) -> float:
+    """Return the bytes of an expert, in the mean."""
+    return llm.layout.expert_bytes / sum(group.n_expert for group in llm.layout.groups)
+
+
+def _decode(result: Outcome) -> Stats:
     """Return what came after the first token: the whole run where its text came at the end."""
     return result.decode if result.decode.tokens_generated else result.stats
 
 
-def _record(llm: Llama, name: str, result: Result, found: Expected | None) -> dict[str, Any]:
+def _record(llm: Llama, name: str, result: Outcome, found: Expected | None) -> dict[str, Any]:
     experts = sum(pool.slot_bytes.high * pool.experts for pool in llm.plan.pools)
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": name,
         "quality": llm.quality.name,
-        "exact": llm.rule.is_exact,
+        "exact": llm.rule.is_exact and not llm.layout.other_number,
         "lossy_read": _lossy_read(llm),
         "threads": llm.n_threads,
         "cores": physical_cores(),
@@ -128,6 +153,8 @@ def _record(llm: Llama, name: str, result: Result, found: Expected | None) -> di
         "plan": llm.plan.to_dict(),
         "run": result.stats.to_dict(),
         "decode": _decode(result).to_dict(),
+        "device": llm.arena.to_dict() if llm.arena else None,
+        "dispatch": llm.dispatch,
         "predicted": asdict(found.estimate) if found else None,
         "swapped_bytes": _swapped_bytes(),
         "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
@@ -139,7 +166,7 @@ def _record(llm: Llama, name: str, result: Result, found: Expected | None) -> di
 def _lossy_read(llm: Llama) -> dict[str, float] | None:
     """Return the bytes that each calibrated mode reads, of exact's; None if not prepared."""
     layout = llm.layout
-    if not layout.groups or (layout.low is None and find_low(layout.gguf) is None):
+    if not layout.groups or (layout.low is None and find_low(layout.gguf, llm.fingerprint) is None):
         return None
     with suppress(HobbitError):
         known = calibrated(layout, layout.low or low_copies(layout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -57,11 +58,14 @@ def runs_of(model: str) -> list[Run]:
     for values in found if isinstance(found, list) else []:
         try:
             run = Run(**values)
-            numbers = (run.predicted_low, run.predicted, run.predicted_high, run.measured)
-            if all(0 < float(number) < float("inf") for number in numbers):
-                runs.append(run)
         except TypeError:
             continue
+        speeds = (run.predicted_low, run.predicted, run.predicted_high, run.measured)
+        shares = (run.share, run.hit)
+        if all(_within(n, 0, math.inf) and n for n in speeds) and all(
+            _within(n, 0, 1) for n in shares
+        ):
+            runs.append(run)
     return runs
 
 
@@ -95,6 +99,10 @@ def said(runs: Sequence[Run]) -> str:
     if len(errors) == 1:
         return f"the last run here was {errors[0]:+.0f} %"
     return f"the last {len(errors)} runs here were {min(errors):+.0f} to {max(errors):+.0f} %"
+
+
+def _within(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and least <= value <= most and math.isfinite(value)
 
 
 def _key(model: str) -> str:

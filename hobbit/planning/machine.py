@@ -141,11 +141,11 @@ def _rate(
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        known = None if again else disk.known_rate(folder, pieces)
+        if known is not None or only_known:
+            return known
         with TemporaryDirectory(prefix=".probe-", dir=folder) as place:
-            sample = sample_file(Path(place))
-            if only_known:
-                return disk.known_rate(sample, pieces)
-            return disk.rate(sample, pieces, again=again)
+            return disk.rate(sample_file(Path(place)), pieces, again=again)
     except OSError as exc:
         raise HobbitError(
             f"{folder}: the disk cannot be measured ({exc.strerror}): give its speed with "

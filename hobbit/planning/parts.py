@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..arena import Arena
 from ..gguf_file import GGML_TYPES, GGUF, padded
 from ..layout import ExpertMatrix, Layout
 from ..memory import Line, SlotBytes
@@ -56,7 +57,9 @@ class Context:
     io_threads: int = 0
 
 
-def fixed_parts(layout: Layout, context: Context, cap_bytes: int) -> list[Line]:
+def fixed_parts(
+    layout: Layout, context: Context, cap_bytes: int, arena: Arena | None = None
+) -> list[Line]:
     """Return the parts of the plan that do not depend on the cache, as a loaded model has them."""
     gguf = layout.gguf
     compute = compute_bytes(gguf, context) + output_bytes(gguf)
@@ -68,7 +71,10 @@ def fixed_parts(layout: Layout, context: Context, cap_bytes: int) -> list[Line]:
     if layout.groups:
         predicting = _prediction_bytes(layout)
         scratch = scratch_bytes(layout, context.n_ubatch, context.io_threads) + predicting
+        scratch += arena.staging(layout) if arena else 0
         lines.append(Line("scratch", scratch, "gathered rows, reads in flight"))
+    if arena is not None and arena.device.shares_memory:
+        lines.append(arena.line)
     return [*lines, process_line(PROCESS_RESIDENT + PROCESS_GROWTH, cap_bytes)]
 
 
@@ -126,12 +132,15 @@ def _slot(matrices: tuple[ExpertMatrix, ...]) -> int:
     return padded(at, _PAGE)
 
 
-def kv_bytes(gguf: GGUF, context: Context) -> int:
-    """Bytes of the context: keys and values of the layers that attend, states of the others."""
+def kv_bytes(gguf: GGUF, context: Context, first: int = 0) -> int:
+    """Bytes of the context: keys and values of the layers that attend, states of the others.
+
+    Of the layers from `first` on.
+    """
     cells = padded(context.n_ctx, 256)
     key, value = GGML_TYPES[context.type_k], GGML_TYPES[context.type_v]
-    total, names = 0, _names(gguf)
-    for layer in range(_layers(gguf)):
+    total, names = 0, {layer: found for layer, found in _names(gguf).items() if layer >= first}
+    for layer in range(first, _layers(gguf)):
         n_key, n_value = _widths(gguf, layer, names.get(layer, set()))
         total += cells * n_key // key.block * key.nbytes
         total += cells * n_value // value.block * value.nbytes
@@ -200,6 +209,12 @@ def _prediction_bytes(layout: Layout) -> int:
     experts = max(group.n_expert for group in layout.groups)
     link = 4 * (experts * width + 2 * experts + 1) + _LINK_BYTES
     return len(layout.groups) * (_DEPTH * link + 4 * width)
+
+
+def router_bytes(layout: Layout) -> int:
+    """Upper bound of the routers' numbers, which are copied here from the devices they are on."""
+    width = _number(layout.gguf, "embedding_length")
+    return sum(4 * (group.n_expert * (width + 2) + width) for group in layout.groups)
 
 
 def _vocabulary(gguf: GGUF) -> int:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..arena import Arena, DeviceInfo, plan_arena, resolve_vram
+from ..attempt import check_graph
 from ..cpus import physical_cores
+from ..devices import Device, connect
 from ..errors import PlanError, UsageError
 from ..fingerprint import fingerprint
 from ..gguf_file import padded
-from ..layout import Layout
+from ..layout import Layout, LowCopies
 from ..memory import Cap, MemoryPlan, resolve_cap, total_memory
 from ..memory import plan as divide
+from ..offload import Offloaded
 from ..quality import EXACT_NAME, Quality, calibrated, choose
+from ..rule import ALL_LOW
 from ..sizes import format_size, parse_size
 from . import history
-from .estimate import Estimate, Mix, Range, Work, estimate, verdict, work_of
+from .estimate import (
+    DeviceCosts,
+    Estimate,
+    Mix,
+    Range,
+    There,
+    Work,
+    estimate,
+    hit_rate,
+    processor_rate,
+    verdict,
+    work_of,
+)
 from .machine import Machine, measured
-from .parts import Context, fixed_parts, slot_bytes
+from .offload import left_here, offloaded
+from .parts import Context, batch_bytes, fixed_parts, slot_bytes
 from .subject import Subject, subject
+from .tiers import costs_of
 
 DEFAULT_CONTEXT = 4096
 WONT_FIT = "WON'T FIT"
@@ -53,22 +74,53 @@ class Forecast:
     work: Work
     machine: Machine
     runs: tuple[history.Run, ...] = ()
+    arena: Arena | None = None
+    costs: DeviceCosts | None = None
+    n_gpu_layers: int = 0
+    offloaded: Offloaded | None = None  # in a device's own memory
+
+    @property
+    def there(self) -> There | None:
+        """A device's part; None without one."""
+        if self.arena is None or self.costs is None:
+            return None
+        apart, weights = not self.arena.device.shares_memory, sum(self.work.dense.values())
+        dense = min(self.offloaded.dense / max(weights, 1), 1.0) if self.offloaded else 0.0
+        return There(self.arena.share, self.costs, apart, dense)
+
+    def with_arena(self, arena: Arena, given_gbps: float | None = None) -> Forecast:
+        """Return the forecast with a device, whose speed may be given in 10^9 bytes a second."""
+        processor = processor_rate(self.work, self.machine.speeds)
+        return replace(self, arena=arena, costs=costs_of(arena.device, processor, given_gbps))
 
     def memory(self, cap: Cap) -> MemoryPlan:
-        """Divide a cap as a loaded model would; raise PlanError, with the cap that works."""
-        layout, sizes = self._layout, slot_bytes(self._layout)
+        """Divide a cap as a loaded model would; raise PlanError, with the cap that works.
 
-        def within(cap_bytes: int) -> MemoryPlan:
-            return divide(cap, layout, fixed_parts(layout, self.context, cap_bytes), sizes)
-
-        try:
-            plan = within(cap.bytes)
-        except PlanError as error:
-            within(error.needed_bytes)  # the page tables of the cap that the error is to name
-            raise
+        UsageError, where the quality keeps its promise only in more.
+        """
+        plan = self._divided(cap)
         quality = self.quality.at(plan.cached_share)
         keeps = quality.all_low is not None and plan.low_fits and plan.mode == "streamed"
         return plan.with_resident_low() if keeps else plan
+
+    def _divided(self, cap: Cap) -> MemoryPlan:
+        """Divide a cap, whatever the quality promises."""
+        layout, sizes, arena = self._layout, slot_bytes(self._layout), self.arena
+        there = self.offloaded
+        shown = arena.line if arena and not arena.device.shares_memory else None
+
+        def within(cap_bytes: int) -> MemoryPlan:
+            parts = fixed_parts(layout, self.context, cap_bytes, arena)
+            if there is not None:
+                parts = left_here(parts, layout, there)
+            layers = (there.line,) if there is not None else ()
+            return replace(divide(cap, layout, parts, sizes), device=shown, layers=layers)
+
+        try:
+            return within(cap.bytes)
+        except PlanError as error:
+            within(error.needed_bytes)  # the page tables of the cap that the error is to name
+            raise
 
     def expect(self, plan: MemoryPlan) -> Estimate:
         """Say how fast a plan is."""
@@ -77,31 +129,42 @@ class Forecast:
             plan,
             self.machine.speeds,
             exponents=history.exponents(self.runs),
-            mix=_mix(self.quality, plan, self._layout),
+            mix=_mix(self.quality, plan, self._layout, history.exponents(self.runs).mid),
             n_ubatch=self.context.n_ubatch,
+            there=self.there,
         )
 
     def row(self, cap_bytes: int, note: str = "") -> Row:
         try:
             plan = self.memory(Cap(cap_bytes, "as asked"))
-        except (PlanError, UsageError):
+        except PlanError:
             return Row(cap_bytes, note, None, None)
+        except UsageError:
+            return Row(cap_bytes, f"{note}: too little for this quality".lstrip(": "), None, None)
         return Row(cap_bytes, note, plan.cached_share, self.expect(plan))
 
     @property
     def smallest(self) -> int:
         """The smallest cap that works, in whole MiB."""
-        try:
-            self.memory(Cap(_MIB, "as asked"))
-        except PlanError as error:
-            return padded(error.needed_bytes, _MIB)
-        return _MIB
+        size = _MIB
+        while True:  # a larger cap needs larger page tables: once more, where that is a MiB
+            try:
+                self._divided(Cap(size, "as asked"))
+                return size
+            except PlanError as error:
+                size = padded(error.needed_bytes, _MIB)
+
+    @property
+    def cliff(self) -> int | None:
+        """The cap with which the cache holds what a token uses; None where any does."""
+        plan = self._divided(Cap(self.smallest, "as asked"))
+        return plan.above_cliff_bytes if plan.below_cliff else None
 
     @property
     def everything(self) -> int:
         """The smallest cap with which all experts are cached, in whole MiB."""
         smallest = Cap(self.smallest, "as asked")
-        plan = self.memory(smallest)
+        plan = self._divided(smallest)
         experts = sum(p.slot_bytes.high * p.experts + p.extra for p in plan.pools)
         needed = plan.cap.bytes - plan.spare_bytes - plan.cache_bytes + experts
         return padded(needed + needed // 200 + 16 * _MIB, _MIB)
@@ -178,6 +241,7 @@ class Plan:
             "model": forecast.subject.name,
             "estimated_header": forecast.subject.estimated,
             "quality": forecast.quality.name,
+            "n_expert_used": forecast.subject.layout.n_expert_used,
             "fits": self.fits,
             "verdict": self.verdict,
             "reason": self.reason,
@@ -197,6 +261,7 @@ class Plan:
                 "decode_bytes_s": {str(kind): rate for kind, rate in speeds.decode.items()},
                 "prompt_bytes_s": {str(kind): rate for kind, rate in speeds.prompt.items()},
             },
+            "device": _device_dict(forecast),
             "context": asdict(forecast.context),
             "runs": [asdict(run) | {"error": run.error} for run in forecast.runs],
         }
@@ -207,6 +272,12 @@ def _estimate_dict(found: Estimate | None) -> dict[str, Any] | None:
         return None
     ranges = {name: value._asdict() for name, value in vars(found).items() if type(value) is Range}
     return vars(found) | ranges | {"verdict": found.verdict}
+
+
+def _device_dict(forecast: Forecast) -> dict[str, Any] | None:
+    if forecast.arena is None or forecast.costs is None:
+        return None
+    return forecast.arena.to_dict() | {"costs": asdict(forecast.costs)}
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
@@ -220,21 +291,34 @@ def plan(
     n_ctx: int | None = None,
     n_threads: int | None = None,
     quality: str | float = EXACT_NAME,
+    n_expert_used: int | None = None,
     read_gbps: float | None = None,
     type_k: int = 1,
     type_v: int = 1,
     n_ubatch: int = 512,
     for_tok_s: float | None = None,
     remeasure: bool = False,
+    device: str | None = None,
+    vram: str | int = "auto",
+    rpc: str | None = None,
+    device_gbps: float | None = None,
+    n_gpu_layers: int = 0,
 ) -> Plan:
     """Say whether a model runs here and how fast, without loading it.
 
     `memory` is a cap as in `hobbit.Llama`, but one above what this machine has is taken as it is:
     the question may be about another. `read_gbps` is the disk's speed in 10^9 bytes a second, in
     place of a measurement. The first plan on a machine measures for about a second for each type of
-    weights, and one for the disk. Raises ModelError for a model that cannot be read or run.
+    weights, and one for the disk. `device`, `vram` and `rpc` are as in `hobbit.Llama`; `vram`
+    alone is the memory of a graphics card that is not here. `device_gbps` is how fast a device
+    multiplies, in 10^9 bytes of weights a second, in place of what runs with it measured, or else
+    an assumption. `n_gpu_layers` of llama.cpp's layers (-1: all) go to that device too; what they
+    take there is estimated. `n_expert_used` is as in `hobbit.Llama`. Raises UsageError where no
+    device is named for them, and ModelError for a model that cannot be read or run.
     """
-    found = subject(str(model) if model is not None else None)
+    found = subject(str(model) if model is not None else None, n_expert_used)
+    if found.path is not None:
+        check_graph(found.layout, {})
     cap = cap_of(memory)
     forecast = forecast_of(
         found,
@@ -244,6 +328,17 @@ def plan(
         read_gbps=read_gbps,
         remeasure=remeasure,
     )
+    info = _device_info(device, vram, rpc)
+    if info is None and n_gpu_layers != 0:
+        raise UsageError("-ngl: layers of which device? Name it, --device or --rpc, or say --vram")
+    if info is not None and found.layout.groups:
+        forecast = _with_layers(forecast, info, n_gpu_layers)
+        taken = forecast.offloaded.bytes if forecast.offloaded else 0
+        batch = batch_bytes(found.layout, forecast.context.n_ubatch)
+        # Of a card that is not here it is all that there is.
+        of_card = vram if device or rpc else _left_of_card(info, taken)
+        arena = plan_arena(found.layout, info, resolve_vram(of_card, info, taken), batch, 0)
+        forecast = forecast.with_arena(arena, device_gbps)
     wanted = None if for_tok_s is None else forecast.memory_for(for_tok_s)
     rows = partial(_table, forecast, cap, wanted)
     try:
@@ -253,6 +348,37 @@ def plan(
     expected = forecast.expect(divided)
     smallest = forecast.smallest
     return Plan(forecast, cap, divided, expected, "it fits", smallest, rows(divided), wanted)
+
+
+def _device_info(device: str | None, vram: str | int, rpc: str | None) -> DeviceInfo | None:
+    """Return the device that is asked about: one that is here, or one with so much memory."""
+    name = connect(rpc) if rpc else None
+    name = device or name
+    if name is not None:
+        with closing(Device(name)) as opened:
+            return opened.info
+    if vram in ("auto", "0", 0):
+        return None
+    size = parse_size(vram) if isinstance(vram, str) else vram
+    return DeviceInfo("GPU", "one that is not here", False, size, size)
+
+
+def _left_of_card(card: DeviceInfo, taken: int) -> int:
+    if card.total_bytes <= taken:
+        sizes = f"{format_size(card.total_bytes)}: {format_size(taken)} of it for layers (-ngl)"
+        raise PlanError(
+            f"vram {sizes}, which leaves nothing for experts: give more, or fewer layers"
+        )
+    return card.total_bytes - taken
+
+
+def _with_layers(forecast: Forecast, device: DeviceInfo, n_gpu_layers: int) -> Forecast:
+    """Return the forecast with layers on the device; where memory is shared they take the same."""
+    if n_gpu_layers == 0 or device.shares_memory:
+        return replace(forecast, n_gpu_layers=n_gpu_layers)
+    layout, context = forecast.subject.layout, forecast.context
+    there = offloaded(layout, context, n_gpu_layers, device.name)
+    return replace(forecast, n_gpu_layers=n_gpu_layers, offloaded=there)
 
 
 def forecast_of(
@@ -313,20 +439,33 @@ def _with_low(layout: Layout, quality: Quality) -> Layout:
     return layout if layout.low else replace(layout, low=quality.low)
 
 
-def _mix(quality: Quality, plan: MemoryPlan, layout: Layout) -> Mix:
-    """Return what a quality reads and computes of what exact does."""
+def _mix(quality: Quality, plan: MemoryPlan, layout: Layout, exponent: float) -> Mix:
+    """Return what a quality reads and computes of what exact does.
+
+    Where all are low, the cache holds as many more as they are smaller. Otherwise calibration has
+    measured what is read, with half of the experts cached: less or more room changes it little.
+    """
     chosen = quality.at(plan.cached_share)
-    if chosen.rule.is_exact or chosen.low is None:
+    if chosen.low is None or plan.mode == "resident-experts":
         return Mix()
-    if plan.low_is_resident:
+    smaller = _low_share(layout, chosen.low)
+    if plan.low_is_resident:  # a loaded model's rule is exact then: what is cached high is used
         high = sum(max(pool.beside_low, 0) for pool in plan.pools)
-        share = high / sum(pool.experts for pool in plan.pools)
-        return Mix(share, 1 - share, 0.0)
-    if chosen.point is None:
+        share = hit_rate(high / sum(pool.experts for pool in plan.pools), exponent)
+        return Mix(share, 1 - share, smaller, math.inf)
+    if chosen.rule == ALL_LOW:
+        return Mix(0.0, 1.0, smaller, 1 / smaller)
+    if chosen.rule.is_exact or chosen.point is None:
         return Mix()  # thresholds given by hand: what they save was not measured
     known = calibrated(layout, chosen.low)
     read = chosen.point.bytes_per_token / max(known.exact.bytes_per_token, 1.0)
     return Mix(chosen.point.high, chosen.point.low, min(read, 1.0))
+
+
+def _low_share(layout: Layout, low: LowCopies) -> float:
+    """Return the bytes of all low copies, of all high ones."""
+    high = sum(group.expert_bytes * group.n_expert for group in layout.groups)
+    return sum(group.expert_bytes * group.n_expert for group in low.groups) / high
 
 
 def _table(
@@ -343,9 +482,7 @@ def _sizes(forecast: Forecast, cap: Cap, plan: MemoryPlan | None) -> Iterator[tu
     for gib in _TABLE_GIB:
         yield gib * _GIB, ""
     yield forecast.smallest, "smallest"
-    if forecast.subject.layout.groups:
-        cliff = forecast.memory(Cap(forecast.smallest, "as asked"))
-        if cliff.below_cliff:
-            yield cliff.above_cliff_bytes, "a token's experts"
+    if (cliff := forecast.cliff) is not None:
+        yield cliff, "a token's experts"
     yield forecast.everything, "everything"
     yield cap.bytes, "this cap" if plan is not None else "this cap: too small"

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 from ..gguf_file import GGML_TYPES
 from ..memory import Line
+from ..quality import EXACT_NAME
 from ..sizes import format_size
 from . import history
 from .estimate import COMPUTE_SPREAD, EXPONENTS, FIRST_TOKENS, Estimate, Range
+from .others import others, others_line
 from .planner import Plan, Row
 
 _LIMITS = {
     "disk": "reading experts from the disk",
     "compute": "the processor and its memory",
+    "device": "the device",
 }
 
 
@@ -22,12 +25,14 @@ def plan_lines(plan: Plan) -> list[str]:
     """Return the plan as a person reads it."""
     lines = [f"verdict: {plan.verdict}{_summary(plan)}", ""]
     quality = plan.forecast.quality
-    if plan.memory is not None and not quality.rule.is_exact:
+    if plan.memory is not None and quality.name != EXACT_NAME:
         lines.insert(1, f"quality: {quality.at(plan.memory.cached_share).label}")
     lines += _memory_lines(plan) if plan.memory else [plan.reason]
     if plan.estimate is not None:
         lines += ["", *_speed_lines(plan, plan.estimate)]
     lines += ["", *_table_lines(plan.rows)]
+    if found := others(plan):
+        lines += ["", others_line(found)]
     if plan.wanted is not None:
         least = f"--memory {plan.wanted.cap_bytes >> 20}M"
         lines += ["", f"{plan.wanted.note}: {least}, {_rate(plan.wanted.estimate)}"]
@@ -47,6 +52,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     assert memory is not None
     rows = [*memory.lines, Line("spare", memory.spare_bytes, "not used")]
     rows.append(Line("cap", memory.cap.bytes, memory.cap.reason))
+    rows += memory.beside
     lines = [f"{row.name:<9}{format_size(row.bytes):>12}  {row.reason}".rstrip() for row in rows]
     if memory.pools:
         floor = f"{format_size(plan.needed_bytes)} is the least that works"
@@ -67,6 +73,13 @@ def _speed_lines(plan: Plan, expected: Estimate) -> list[str]:
         f"{1e3 * expected.compute_s:.0f} ms on {machine.n_threads} "
         f"thread{'s' if machine.n_threads > 1 else ''}",
     ]
+    costs = plan.forecast.costs
+    if expected.device_hit is not None and costs is not None:
+        lines.append(
+            f"on the device: {_percent(expected.device_hit)} of them, computed at "
+            f"{costs.bytes_s / 1e9:.3g} GB/s ({costs.source}) beside the processor, "
+            f"{1e3 * expected.device_s:.0f} ms with the dense weights"
+        )
     if work.pieces and expected.missed_bytes:
         rate = f"{machine.speeds.read / 1e9:.2f} GB/s ({machine.io})"
         lines.append(
@@ -98,7 +111,7 @@ def caveat(plan: Plan) -> str:
     forecast = plan.forecast
     found = history.exponents(forecast.runs)
     own = found != EXPONENTS
-    hits = "hit rate of earlier runs" if own else "assumed hit rate"
+    hits = "hit rate of earlier runs" if own else "assumed hit rate, which a run here would tell"
     disk = "given" if forecast.machine.given_read else "measured"
     parts = (
         [f"{disk} disk", "measured processor", hits]
@@ -108,6 +121,7 @@ def caveat(plan: Plan) -> str:
     shape = "; the header is an estimate from the model's known shape" * (
         forecast.subject.estimated
     )
+    parts += [f"{forecast.costs.source} device"] if forecast.costs else []
     words = ", ".join(parts)
     spread = f"the processor within {100 * COMPUTE_SPREAD:.0f} %"
     return f"{words}, {spread}, a short context; {history.said(forecast.runs)}{shape}"
@@ -118,10 +132,12 @@ def llama_server_flags(plan: Plan) -> str:
     context, found = plan.forecast.context, plan.forecast.subject
     words = ["llama-server", "-m", str(found.path or found.name)]
     words += ["-c", str(context.n_ctx), "-ub", str(context.n_ubatch)]
-    words += ["-t", str(plan.forecast.machine.n_threads), "-ngl", "0"]
+    words += ["-t", str(plan.forecast.machine.n_threads), "-ngl", str(plan.forecast.n_gpu_layers)]
     words += ["-ctk", GGML_TYPES[context.type_k].name, "-ctv", GGML_TYPES[context.type_v].name]
     if context.flash:
         words += ["-fa", "on"]
+    for key, value in found.layout.kv_overrides.items():
+        words += ["--override-kv", f"{key}=int:{value}"]
     fits = plan.memory is not None and plan.memory.mode != "streamed"
     words.append("--no-mmap" if fits else "--mmap")
     return shlex.join(words)
@@ -135,7 +151,8 @@ def _rate(expected: Estimate | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    digits = 2 if value < 1 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
 
 
 def _percent(found: Range) -> str:

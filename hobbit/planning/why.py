@@ -88,12 +88,15 @@ def explain(record: dict[str, Any]) -> Explanation:
         _prediction(decode, times, decode["predict_s"] / total),
         _management(decode["manage_s"] / total),
     ]
+    if record.get("device"):  # records of older versions do not tell
+        causes.append(_device(record, times, decode["device_wait_s"] / total))
     causes.sort(key=lambda cause: -cause.share)
     return Explanation(record["model"], decode["tok_s"], tuple(causes), tuple(_notes(record)))
 
 
 def _compute_s(decode: dict[str, Any]) -> float:
     others = decode["stall_s"] + decode["predict_s"] + decode["manage_s"]
+    others += decode["device_wait_s"]
     return max(float(decode["decode_s"] - others), 0.0)
 
 
@@ -194,6 +197,33 @@ def _prediction(decode: dict[str, Any], times: _Times, share: float) -> Cause:
     return Cause("prediction", share, cause, "nothing to do")
 
 
+def _device(record: dict[str, Any], times: _Times, share: float) -> Cause:
+    """Say what the processor waited for a device, and with how much of it none would wait."""
+    decode, device = record["decode"], record["device"]
+    pairs = decode["pairs_high"] + decode["pairs_low"]
+    there = decode["device_pairs"]
+    part = f"{100 * there / pairs:.0f} %" if pairs else "none"
+    cause = f"waited for {device['name']}, which computed {part} of the experts"
+    here = pairs - there
+    fixed = record.get("dispatch", "auto") != "auto"
+    if fixed and share >= _SMALL:
+        cause += f" by --dispatch {record['dispatch']}"
+    if share < _SMALL or not there or not here or not decode["moe_s"] or not decode["device_s"]:
+        action = "--dispatch auto" if fixed and share >= _SMALL else "nothing to do"
+        return Cause("device", share, cause, action)
+    rates = there / decode["device_s"], here / decode["moe_s"]
+    least = pairs / sum(rates)
+    now = decode["moe_s"] + decode["device_wait_s"]
+    fewer = rates[0] / sum(rates) * pairs / there
+    if fewer >= 1 or least >= now:
+        return Cause("device", share, cause, "nothing to do: it begins late, not too much")
+    speed = times.rate(busy=1 - (now - least) / max(decode["decode_s"] - decode["stall_s"], 1e-9))
+    vram = int(device["bytes"] * fewer) >> 20
+    action = f"--vram {vram}M, so that both end at the same time" if vram else "do without it"
+    action = "--dispatch auto, so that both end at the same time" if fixed else action
+    return Cause("device", share, cause, action, _gain(speed), speed)
+
+
 def _management(share: float) -> Cause:
     cause = "looked up, evicted and asked for experts"
     action = "nothing to do" if share < _SMALL else "--policy lru, which has the least to do"
@@ -224,6 +254,14 @@ def _notes(record: dict[str, Any]) -> list[str]:
     if plan["mode"] == "streamed" and filling > _FILLING * max(decode["misses"], 1):
         share = 100 * filling / decode["misses"]
         notes.append(f"{share:.0f} % of the misses only filled the cache: a longer run has fewer")
+    if record.get("device") and decode["device_hits"]:
+        asked = max(decode["hits"] + decode["misses"], 1)
+        there = 100 * decode["device_hits"] / asked
+        idle = 100 * max(1 - decode["device_s"] / max(decode["decode_s"], 1e-9), 0.0)
+        notes.append(
+            f"{there:.0f} % of what was asked for was on {record['device']['name']}, which had "
+            f"nothing to do for {idle:.0f} % of the time"
+        )
     others = record["load"] - record["threads"]
     if others > _BUSY:
         notes.append(

@@ -69,7 +69,7 @@ class _Answer:
             data = b"".join(self._llm.detokenize([token]) for token in prompt)
             self._emit(Token(data.decode(errors="replace")))
             return
-        scored = score_prompt(self._llm, prompt, n_top, self._progress)
+        scored = score_prompt(self._llm, prompt, n_top, self._progress)[self._wanted.n_implied :]
         text = b"".join(entry.data for entry in scored).decode(errors="replace")
         self._emit(Token(text, tuple(scored)))
 
@@ -98,7 +98,8 @@ class _Answer:
     def _take(self, token: int) -> None:
         if self._wanted.logprobs is not None:
             self._pending.append(score_last(self._llm, token, self._wanted.logprobs))
-        self._say(self._text.feed(self._llm.detokenize([token])))
+        data = self._llm.detokenize([token], special=self._wanted.tells_control)
+        self._say(self._text.feed(data))
 
     def _say(self, text: str) -> None:
         """Hand over text with the tokens it is made of; those of a stop sequence are not told."""

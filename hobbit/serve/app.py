@@ -112,10 +112,13 @@ def _scrape(metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
 
 async def _failed(request: Request, error: Exception) -> Response:
     told = as_http(error)
+    if isinstance(error, HobbitError) and told.status == 500:  # of others uvicorn tells
+        request.app.state.service.failed(error)
     return JSONResponse(told.body(), told.status, told.headers)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = f"there is no {request.url.path}" if error.status_code == 404 else error.detail
-    return JSONResponse(HttpError(error.status_code, words).body(), error.status_code)
+    told = HttpError(error.status_code, words)
+    return JSONResponse(told.body(), told.status, error.headers)

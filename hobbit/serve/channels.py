@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["content", "reasoning", "tool"]
+from ..harmony import Kind, Part
 
 _THINK = "<think>", "</think>"
 _TOOL = "<tool_call>", "</tool_call>"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of one part; of a tool call always the whole."""
-
-    kind: Kind
-    text: str
 
 
 class Channels:

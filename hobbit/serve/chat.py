@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-from ..errors import UsageError
+from ..errors import HobbitError, UsageError
 from ..generate import parsed_grammar
+from ..template import ChatTemplate
 
 Call = dict[str, Any]
 
 
-class ChatTemplate:
-    """The model's own chat template."""
-
-    def __init__(self, template: str, bos: str, eos: str) -> None:
-        self.source = template
-        self._formatter = Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
-
-    @property
-    def thinks(self) -> bool:
-        """Whether this model writes its thoughts between <think> tags."""
-        return "<think>" in self.source or "</think>" in self.source
-
-    def prompt(
-        self,
-        messages: object,
-        tools: Sequence[Any] | None = None,
-        more: dict[str, Any] | None = None,
-    ) -> str:
-        """Return the text before the answer; raises UsageError for messages it cannot take."""
-        plain = [_plain_message(message) for message in _list_of_messages(messages)]
-        try:
-            made = self._formatter(messages=plain, tools=tools or None, **(more or {}))
-        except Exception as exc:  # a template may raise anything
-            raise UsageError(f"the model's chat template refuses the messages: {exc}") from exc
-        return str(made.prompt)
+def chat_prompt(template: ChatTemplate, body: dict[str, Any], tools: Tools) -> str:
+    """Return the text before the answer; raises UsageError for messages it cannot take."""
+    messages = [_plain_message(message) for message in _list_of_messages(body.get("messages"))]
+    more = body.get("chat_template_kwargs")
+    wishes = {**more} if isinstance(more, dict) else {}
+    if isinstance(effort := body.get("reasoning_effort"), str):
+        wishes = {"reasoning_effort": effort} | wishes
+    try:
+        return template.render(messages, tools=tools.shown or None, **wishes)
+    except HobbitError as exc:
+        raise UsageError(f"the messages cannot be put into words: {exc}") from exc
 
 
 @dataclass(frozen=True)

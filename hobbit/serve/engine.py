@@ -17,6 +17,7 @@ from .turns import QueueFull, Turns
 
 if TYPE_CHECKING:
     from ..llama import Llama
+    from .keeper import Keeper
 
 # A cancellation that falls between two decodes has nothing to stop: it is repeated.
 _CANCEL_INTERVAL_S = 0.05
@@ -69,15 +70,23 @@ class Totals:
 class Engine:
     """Runs jobs one after the other; clients take turns.
 
-    `on_finished` is called in the model's thread. All methods may be called from any thread and do
-    not wait for the model, but for `close` and `set_memory`.
+    `on_finished`, and `on_rest` when the model was closed because nobody used it, are called in the
+    model's thread. All methods may be called from any thread and do not wait for the model, but for
+    `close` and `set_memory`.
     """
 
-    def __init__(self, llm: Llama, queue: int, on_finished: Callable[[Finished], None]) -> None:
-        self.llm = llm
+    def __init__(
+        self,
+        model: Keeper,
+        queue: int,
+        on_finished: Callable[[Llama, Finished], None],
+        on_rest: Callable[[], None],
+    ) -> None:
+        self.model = model
         self.totals = Totals()
         self._turns: Turns[Job] = Turns(queue)
-        self._on_finished = on_finished
+        self._on_finished, self._on_rest = on_finished, on_rest
+        self._llm: Llama | None = None  # that answers
         self._lock = threading.Lock()  # around what is current, and cancelling it
         self._quality = threading.Lock()  # held while a request has a quality of its own
         self.current: Job | None = None
@@ -105,8 +114,8 @@ class Engine:
             self.totals.abandoned += 1
             return
         with self._lock:
-            if self.current is job:
-                self.llm.cancel()
+            if self.current is job and self._llm is not None:
+                self._llm.cancel()
 
     def position(self, job: Job) -> int:
         """Return the job's place in the queue; 0 if it does not wait."""
@@ -130,7 +139,7 @@ class Engine:
     def set_memory(self, memory: str | int) -> None:
         """Change the cap; waits for a layer, or for a request with a quality of its own."""
         with self._quality:
-            self.llm.set_memory(memory)
+            self.model.set_memory(memory)
 
     def drain(self) -> None:
         """Take no more requests; those that are here are answered."""
@@ -152,36 +161,52 @@ class Engine:
             self._thread.join(_CANCEL_INTERVAL_S)
 
     def _work(self) -> None:
-        while (job := self._turns.take()) is not None:
+        while (job := self._next()) is not None:
             with self._lock:
                 self.current = job
             last = self._run(job)
             with self._lock:
                 self.current = None
-                self.llm.cancel(False)  # it may have ended before it was told to
             self._turns.done()
             job.emit(last)
+
+    def _next(self) -> Job | None:
+        """Wait for a job; meanwhile the model may be closed."""
+        while True:
+            try:
+                return self._turns.take(self.model.rest_s())
+            except TimeoutError:
+                if self.model.rest():
+                    with contextlib.suppress(OSError, ValueError):
+                        self._on_rest()
 
     def _run(self, job: Job) -> Event:
         """Answer a job; the end is returned, to be told when the model is free again."""
         job.emit(Started())
-        own_quality = job.wanted.quality is not None
-        if own_quality:
-            self._quality.acquire()
         try:
-            done = answer(self.llm, job.wanted, job.emit, job.abandoned.is_set)
+            with self.model.borrowed() as llm:
+                done = self._answered(llm, job)
+                self.totals.add(done)
+                with contextlib.suppress(OSError, ValueError):  # it prints, and stderr may be gone
+                    self._on_finished(llm, done)
         except BaseException as error:  # whatever it is, the next request is not to suffer
             stopped = isinstance(error, Cancelled)
             self.totals.abandoned += stopped
             self.totals.failed += not stopped
             return Failed(error)
-        finally:
-            if own_quality:
-                self._quality.release()
-        self.totals.add(done)
-        with contextlib.suppress(OSError, ValueError):  # it prints, and stderr may be gone
-            self._on_finished(done)
         return done
+
+    def _answered(self, llm: Llama, job: Job) -> Finished:
+        own_quality = job.wanted.quality is not None
+        with self._quality if own_quality else contextlib.nullcontext():
+            with self._lock:
+                self._llm = llm
+            try:
+                return answer(llm, job.wanted, job.emit, job.abandoned.is_set)
+            finally:
+                with self._lock:
+                    self._llm = None
+                    llm.cancel(False)  # it may have ended before it was told to
 
     def _patience_s(self) -> int:
         """Return in how many seconds, by the last request, it may be worth to ask again."""

@@ -18,7 +18,9 @@ class Generation:
     """Tokens in, and how to choose those that come out.
 
     `logprobs` is the number of alternatives to tell for each token, None for no log-probabilities;
-    with `echo` the prompt's tokens are told too. `quality` is another than the server's.
+    with `echo` the prompt's tokens are told too, but for the first `n_implied`, which the text that
+    was given does not have. `tells_control`: the texts of control tokens are told as well.
+    `quality` is another than the server's.
     """
 
     prompt: tuple[int, ...]
@@ -28,6 +30,8 @@ class Generation:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     echo: bool = False
+    n_implied: int = 0
+    tells_control: bool = False
     quality: Quality | None = None
 
 

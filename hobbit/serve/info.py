@@ -20,9 +20,11 @@ _FEED_INTERVAL_S = 1.0
 
 
 async def health(request: Request) -> Response:
-    if request.app.state.service.engine.draining:
+    """Answer that requests are taken, and whether the model has to be loaded for the next one."""
+    engine = request.app.state.service.engine
+    if engine.draining:
         raise HttpError(503, "the server is shutting down")
-    return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "ok", "model": engine.model.state})
 
 
 async def version(request: Request) -> Response:
@@ -31,16 +33,17 @@ async def version(request: Request) -> Response:
 
 async def props(request: Request) -> Response:
     service: Service = request.app.state.service
-    llm, own = service.engine.llm, service.defaults
+    facts, own = service.engine.model.facts, service.defaults
+    gguf, limit = service.layout.gguf, service.options.loading.predict
     settings = {
-        "n_ctx": llm.n_ctx(),
+        "n_ctx": facts.n_ctx,
         "params": {
             "temperature": own.temperature,
             "top_k": own.top_k,
             "top_p": own.top_p,
             "min_p": own.min_p,
             "repeat_penalty": own.repeat_penalty,
-            "n_predict": -1 if service.options.predict is None else service.options.predict,
+            "n_predict": -1 if limit is None else limit,
         },
     }
     return JSONResponse(
@@ -48,13 +51,17 @@ async def props(request: Request) -> Response:
             "default_generation_settings": settings,
             "total_slots": 1,
             "model_alias": service.name,
-            "model_path": llm.layout.gguf.parts[0].path.name,
-            "chat_template": service.template.source if service.template else "",
-            "bos_token": llm.metadata.get("tokenizer.ggml.bos_token_id", ""),
-            "eos_token": llm.metadata.get("tokenizer.ggml.eos_token_id", ""),
+            "model_path": gguf.parts[0].path.name,
+            "chat_template": facts.template.text if facts.template else "",
+            "bos_token": facts.ends[0],
+            "eos_token": facts.ends[1],
             "modalities": {"vision": False, "audio": False},
             "build_info": service.version,
-            "hobbit": {"mode": llm.plan.mode, "quality": llm.quality.name},
+            "hobbit": {
+                "mode": facts.plan and facts.plan.mode,
+                "quality": facts.quality.name,
+                "n_expert_used": service.layout.n_expert_used,
+            },
         }
     )
 
@@ -62,11 +69,11 @@ async def props(request: Request) -> Response:
 async def slots(request: Request) -> Response:
     service: Service = request.app.state.service
     engine = service.engine
-    job, llm = engine.current, engine.llm
+    job = engine.current
     progress = job.progress if job else None
     slot = {
         "id": 0,
-        "n_ctx": llm.n_ctx(),
+        "n_ctx": engine.model.facts.n_ctx,
         "is_processing": job is not None,
         "prompt": {"done": progress.done, "total": progress.total} if progress else None,
         "next_token": {"n_decoded": job.n_generated if job else 0},
@@ -102,14 +109,19 @@ async def memory(request: Request) -> Response:
     if isinstance(wanted, bool) or not isinstance(wanted, int | str):
         raise UsageError('say {"bytes": 8589934592} or {"memory": "8G"}')
     await run_in_threadpool(service.engine.set_memory, wanted)
-    service.say(mode_line(service.engine.llm.plan, service.engine.llm.quality))
+    facts = service.engine.model.facts
+    if facts.plan is not None:
+        service.say(mode_line(facts.plan, facts.quality))
     return JSONResponse(_plan(service))
 
 
 def _plan(service: Service) -> dict[str, Any]:
-    llm = service.engine.llm
-    plain = llm.plan.to_dict() | {"quality": llm.quality.label}
+    facts = service.engine.model.facts
+    if facts.plan is None:
+        raise HttpError(409, "there is no plan yet: the first request loads the model")
+    plain = facts.plan.to_dict() | {"quality": facts.quality.label}
     return plain | {
-        "words": mode_line(llm.plan, llm.quality),
-        "cached_share": llm.plan.cached_share,
+        "words": mode_line(facts.plan, facts.quality),
+        "cached_share": facts.plan.cached_share,
+        "arena": facts.arena.to_dict() if facts.arena else None,
     }

@@ -86,22 +86,37 @@ class _Counters(Collector):
             yield GaugeMetricFamily(f"llamacpp:{name}", words, value=value)
 
     def _hobbit(self) -> Iterator[Metric]:
-        facts, llm = self._service.stats(), self._service.engine.llm
-        stats, plan = llm.stats, llm.plan
-        parts = GaugeMetricFamily("hobbit_memory_bytes", "The memory plan", labels=["part"])
-        for line in plan.lines:
-            parts.add_metric([line.name], line.bytes)
-        parts.add_metric(["spare"], plan.spare_bytes)
-        yield parts
-        yield GaugeMetricFamily("hobbit_memory_cap_bytes", "The cap", value=plan.cap.bytes)
+        facts, model = self._service.stats(), self._service.engine.model
+        stats, plan = model.stats, model.facts.plan
+        if plan is not None:
+            parts = GaugeMetricFamily("hobbit_memory_bytes", "The memory plan", labels=["part"])
+            for line in plan.lines:
+                parts.add_metric([line.name], line.bytes)
+            parts.add_metric(["spare"], plan.spare_bytes)
+            yield parts
+            yield GaugeMetricFamily("hobbit_memory_cap_bytes", "The cap", value=plan.cap.bytes)
+        yield GaugeMetricFamily(
+            "hobbit_model_loaded", "1: the model is loaded", value=int(model.state == "loaded")
+        )
+        yield GaugeMetricFamily(
+            "hobbit_experts_used",
+            "Experts of a layer that a token uses",
+            value=self._service.layout.n_expert_used,
+        )
+        yield GaugeMetricFamily(
+            "hobbit_memory_resident_bytes",
+            "What the process holds now",
+            value=facts["resident_bytes"],
+        )
         yield GaugeMetricFamily(
             "hobbit_memory_peak_bytes", "Most the process held", value=stats.peak_bytes
         )
         lookups = CounterMetricFamily(
             "hobbit_expert_lookups", "Experts asked for in a layer", labels=["tier", "result"]
         )
-        lookups.add_metric(["ram", "hit"], stats.hits)
-        lookups.add_metric(["ram", "miss"], stats.misses)
+        lookups.add_metric(["device", "hit"], stats.device_hits)
+        lookups.add_metric(["ram", "hit"], stats.hits - stats.device_hits)
+        lookups.add_metric(["disk", "miss"], stats.misses)
         yield lookups
         pairs = CounterMetricFamily(
             "hobbit_expert_pairs", "Pairs of token and expert", labels=["precision"]
@@ -109,6 +124,13 @@ class _Counters(Collector):
         for name in ("high", "low", "skip"):
             pairs.add_metric([name], getattr(stats, f"pairs_{name}"))
         yield pairs
+        arena = model.facts.arena
+        if arena is not None:
+            device = GaugeMetricFamily(
+                "hobbit_device_memory_bytes", "What a device has for experts", labels=["device"]
+            )
+            device.add_metric([arena.device.name], arena.bytes)
+            yield device
         requests = CounterMetricFamily("hobbit_requests", "Requests", labels=["result"])
         for name, count in facts["requests"].items():
             requests.add_metric([name], count)
@@ -117,6 +139,9 @@ class _Counters(Collector):
             ("read_bytes", "Read from the model's files", stats.read_bytes),
             ("stall_seconds", "Computing waited for a read", stats.stall_s),
             ("evictions", "Experts evicted", stats.evictions),
+            ("device_bytes", "Copied to the device", stats.device_bytes),
+            ("device_seconds", "The device had something to compute", stats.device_s),
+            ("device_wait_seconds", "Only the device was waited for", stats.device_wait_s),
             ("majflt", "Major page faults of the process", facts["majflt"]),
         ):
             yield CounterMetricFamily(f"hobbit_{name}", words, value=value)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import UsageError
+from ..template import ends_of
 from . import replies, sse
-from .chat import Tools, grammar_of, tools_of
+from .chat import Tools, chat_prompt, grammar_of, tools_of
 from .exchange import Waiting, whole
 from .generation import Finished, Generation, Progress, Token
 from .requests import checked_tokens, flag, generation, limit_of, prompts_of
 from .service import Service, body_of
 from .stream import Stream
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 Body = dict[str, Any]
 
@@ -25,10 +27,16 @@ Body = dict[str, Any]
 async def completion(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await body_of(request)
-    wanted = await run_in_threadpool(_completion, service, body)
+    service.check_name(body)
+    streams = flag(body, "stream")
+    wanted = await service.with_model(_completion, body)
     exchange = service.exchange(wanted, request, body.get("user"))
-    if flag(body, "stream"):
-        return Stream(exchange, _completion_stream(service, exchange.events(), exchange.waiting))
+    if streams:
+        return Stream(
+            exchange,
+            _completion_stream(service, exchange.events(), exchange.waiting),
+            service.failed,
+        )
     events = await whole(exchange, request.receive)
     text = "".join(event.text for event in events if isinstance(event, Token))
     done = next(event for event in events if isinstance(event, Finished))
@@ -38,7 +46,7 @@ async def completion(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await body_of(request)
-    return JSONResponse(await run_in_threadpool(_tokenize, service, body))
+    return JSONResponse(await service.with_model(_tokenize, body))
 
 
 async def detokenize(request: Request) -> Response:
@@ -46,24 +54,22 @@ async def detokenize(request: Request) -> Response:
     tokens = (await body_of(request)).get("tokens")
     if not isinstance(tokens, list):
         raise UsageError("tokens must be a list of tokens")
-    checked = checked_tokens(service, tokens)
-    text = b"".join(service.engine.llm.detokenize([token]) for token in checked)
-    plain = text.decode(errors="replace")
+    plain = await service.with_model(_detokenize, tokens)
     return JSONResponse({"content": plain, "prompt": plain})  # vLLM's name, which lm-eval reads
 
 
 async def tokenizer_info(request: Request) -> Response:
     """Answer as vLLM does, so that lm-eval needs no tokenizer of its own."""
     service: Service = request.app.state.service
-    bos, eos = service.ends
-    template = service.template.source if service.template else None
+    bos, eos = await service.with_model(lambda _, llm: ends_of(llm))
+    template = service.engine.model.facts.template
     return JSONResponse(
         {
             "tokenizer_class": "hobbit",
             "bos_token": bos or None,
             "eos_token": eos or None,
             "pad_token": None,
-            "chat_template": template,
+            "chat_template": template.text if template else None,
         }
     )
 
@@ -72,21 +78,18 @@ async def apply_template(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await body_of(request)
 
-    def prompt() -> str:
-        return service.chat_template().prompt(body.get("messages"), tools_of(body).shown)
+    def prompt(service: Service, llm: Llama) -> str:
+        return chat_prompt(service.chat_template(), body, tools_of(body))
 
-    return JSONResponse({"prompt": await run_in_threadpool(prompt)})
+    return JSONResponse({"prompt": await service.with_model(prompt)})
 
 
-def _completion(service: Service, body: Body) -> Generation:
-    prompts = prompts_of(service, body.get("prompt"))
+def _completion(service: Service, llm: Llama, body: Body) -> Generation:
+    prompts = prompts_of(llm, body.get("prompt"))
     if len(prompts) != 1:
         raise UsageError("/completion takes one prompt")
     limit = limit_of(service, body, "n_predict", "max_tokens")
-    return replace(
-        generation(service, body, prompts[0], limit, grammar_of(body, Tools())),
-        echo=False,
-    )
+    return generation(service, llm, body, prompts[0].tokens, limit, grammar_of(body, Tools()))
 
 
 async def _completion_stream(
@@ -116,15 +119,19 @@ def _last(service: Service, done: Finished) -> Body:
         "tokens_evaluated": done.n_prompt,
         "tokens_cached": done.n_cached,
         "timings": replies.timings(done),
-        "hobbit": replies.hobbit_block(done, service.engine.llm),
+        "hobbit": replies.hobbit_block(done),
     }
 
 
-def _tokenize(service: Service, body: Body) -> Body:
+def _detokenize(service: Service, llm: Llama, tokens: list[Any]) -> str:
+    checked = checked_tokens(llm, tokens)
+    return b"".join(llm.detokenize([token]) for token in checked).decode(errors="replace")
+
+
+def _tokenize(service: Service, llm: Llama, body: Body) -> Body:
     content = body.get("content", body.get("prompt"))
     if not isinstance(content, str):
         raise UsageError("content must be a text")
-    llm = service.engine.llm
     special = body.get("parse_special") is not False
     bos = (
         flag(body, "add_special") or flag(body, "add_special_tokens")

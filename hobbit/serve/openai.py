@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import UsageError
+from ..harmony import CALL, FINAL, Harmony, Part
+from ..template import ChatTemplate, opens_thoughts
 from . import replies, sse
-from .channels import Channels, Part, parsed_call
-from .chat import ChatTemplate, Tools, grammar_of, tools_of
+from .channels import Channels, parsed_call
+from .chat import Tools, chat_prompt, grammar_of, tools_of
 from .errors import HttpError
 from .exchange import Waiting, whole
 from .generation import Finished, Generation, Progress, Scored, Token
 from .requests import flag, generation, limit_of, logprobs_of, prompts_of
 from .service import Service, body_of
 from .stream import Stream
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 Body = dict[str, Any]
 
@@ -45,12 +49,19 @@ class _Parts:
         self._must_call = chat.tools.schema() is not None
         self._forced = chat.tools.forced
         self._text = ""  # of an answer that must be a call
-        self._channels = Channels(
-            reasoning=chat.template.thinks and not chat.wanted.sampling.grammar,
+        self._channels = self._splitter(chat)
+        self.n_calls = 0
+
+    @staticmethod
+    def _splitter(chat: _Chat) -> Channels | Harmony:
+        is_free = not chat.wanted.sampling.grammar
+        if chat.template.is_harmony and is_free:
+            return Harmony()
+        return Channels(
+            reasoning=chat.template.thinks and is_free,
             tools=bool(chat.tools.tools),
             thinking=chat.thinking,
         )
-        self.n_calls = 0
 
     def feed(self, text: str) -> list[Body]:
         if self._must_call:
@@ -65,6 +76,10 @@ class _Parts:
         if self._forced:
             call = {"name": self._forced, "arguments": self._text}
         return [{"content": self._text} if call is None else self._call(call)]
+
+    def reason(self, done: Finished) -> str:
+        """Return why it ended; a call that was cut short is no call."""
+        return "tool_calls" if self.n_calls and done.reason != "length" else done.reason
 
     def _delta(self, part: Part) -> Body:
         if part.kind == "reasoning":
@@ -89,11 +104,15 @@ class _Parts:
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await body_of(request)
-    chat = await run_in_threadpool(_chat, service, body)
+    service.check_name(body)
+    streams = flag(body, "stream")
+    chat = await service.with_model(_chat, body)
     exchange = service.exchange(chat.wanted, request, body.get("user"))
     reply = _Reply(service, body, "chat.completion", "chatcmpl")
-    if flag(body, "stream"):
-        return Stream(exchange, _chat_stream(exchange.events(), exchange.waiting, chat, reply))
+    if streams:
+        return Stream(
+            exchange, _chat_stream(exchange.events(), exchange.waiting, chat, reply), service.failed
+        )
     events = await whole(exchange, request.receive)
     return JSONResponse(_chat_answer(events, chat, reply))
 
@@ -101,18 +120,22 @@ async def chat_completions(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await body_of(request)
-    jobs = await run_in_threadpool(_completions, service, body)
+    service.check_name(body)
+    streams = flag(body, "stream")
+    jobs = await service.with_model(_completions, body)
     reply = _Reply(service, body, "text_completion", "cmpl")
-    if flag(body, "stream"):
+    if streams:
         if len(jobs) > 1:
             raise HttpError(400, "only one prompt can be streamed")
         exchange = service.exchange(jobs[0], request, body.get("user"))
-        return Stream(exchange, _completion_stream(exchange.events(), exchange.waiting, reply))
+        return Stream(
+            exchange, _completion_stream(exchange.events(), exchange.waiting, reply), service.failed
+        )
     choices, ends = [], []
     for index, wanted in enumerate(jobs):
         exchange = service.exchange(wanted, request, body.get("user"))
         events = await whole(exchange, request.receive)
-        choices.append(_completion_choice(events, wanted, index, isinstance(body["prompt"], str)))
+        choices.append(_completion_choice(events, wanted, index))
         ends.append(_end(events))
     return JSONResponse(
         reply.head()
@@ -127,8 +150,11 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    """Any name is the one model's, as in requests."""
-    return JSONResponse(_model(request.app.state.service, request.path_params["id"]))
+    """Any name is the one model's, as in requests, unless --strict-model is set."""
+    service: Service = request.app.state.service
+    name = request.path_params["id"]
+    service.check_name({"model": name})
+    return JSONResponse(_model(service, name))
 
 
 async def embeddings(request: Request) -> Response:
@@ -136,45 +162,50 @@ async def embeddings(request: Request) -> Response:
 
 
 def _model(service: Service, name: str) -> Body:
-    llm = service.engine.llm
-    gguf = llm.layout.gguf
+    facts, gguf = service.engine.model.facts, service.layout.gguf
     meta = {
-        "n_ctx": llm.n_ctx(),
+        "n_ctx": facts.n_ctx,
         "n_ctx_train": gguf.get(f"{gguf.arch}.context_length", 0),
-        "n_vocab": llm.n_vocab(),
-        "n_embd": llm.n_embd(),
+        "n_vocab": facts.n_vocab,
+        "n_embd": facts.n_embd,
         "size": gguf.nbytes,
-        "mode": llm.plan.mode,
-        "quality": llm.quality.name,
+        "mode": facts.plan.mode if facts.plan else None,
+        "quality": facts.quality.name,
     }
     created = service.created
     return {"id": name, "object": "model", "created": created, "owned_by": "hobbit", "meta": meta}
 
 
-def _chat(service: Service, body: Body) -> _Chat:
+def _chat(service: Service, llm: Llama, body: Body) -> _Chat:
     template, tools = service.chat_template(), tools_of(body)
-    more = body.get("chat_template_kwargs")
-    prompt = template.prompt(
-        body.get("messages"), tools.shown, more if isinstance(more, dict) else None
-    )
-    tokens = [*service.engine.llm.tokenize(prompt.encode(), add_bos=False, special=True)]
+    prompt = chat_prompt(template, body, tools)
+    grammar = grammar_of(body, tools)
+    if grammar and template.is_harmony:
+        prompt += CALL.format(name=tools.forced) if tools.forced else FINAL
+    tokens = [*llm.tokenize(prompt.encode(), add_bos=False, special=True)]
     limit = limit_of(service, body, "max_completion_tokens", "max_tokens")
-    wanted = generation(service, body, tokens, limit, grammar_of(body, tools))
+    wanted = generation(service, llm, body, tokens, limit, grammar)
+    wanted = replace(wanted, tells_control=template.is_harmony and not grammar)
     if flag(body, "logprobs"):
         top = logprobs_of(body.get("top_logprobs", 0), "top_logprobs")
         wanted = replace(wanted, logprobs=top or 0)
-    return _Chat(wanted, tools, template, prompt.rstrip().endswith("<think>"))
+    return _Chat(wanted, tools, template, opens_thoughts(prompt))
 
 
-def _completions(service: Service, body: Body) -> list[Generation]:
+def _completions(service: Service, llm: Llama, body: Body) -> list[Generation]:
     if body.get("suffix"):
         raise UsageError("suffix is not supported: write the prompt as the model wants it")
     limit = limit_of(service, body, "max_tokens", default=16)
     grammar = grammar_of(body, Tools())
     logprobs, echo = logprobs_of(body.get("logprobs"), "logprobs"), flag(body, "echo")
     return [
-        replace(generation(service, body, tokens, limit, grammar), logprobs=logprobs, echo=echo)
-        for tokens in prompts_of(service, body.get("prompt"))
+        replace(
+            generation(service, llm, body, prompt.tokens, limit, grammar),
+            logprobs=logprobs,
+            echo=echo,
+            n_implied=prompt.n_implied,
+        )
+        for prompt in prompts_of(llm, body.get("prompt"))
     ]
 
 
@@ -198,8 +229,7 @@ class _Reply:
         }
 
     def tail(self, done: Finished) -> Body:
-        block = replies.hobbit_block(done, self.service.engine.llm)
-        return {"timings": replies.timings(done), "hobbit": block}
+        return {"timings": replies.timings(done), "hobbit": replies.hobbit_block(done)}
 
     def last(self, done: Finished, kind: str = "") -> list[bytes]:
         """Return what ends a stream; a client that asks for usage gets it in a chunk of its own."""
@@ -237,7 +267,7 @@ async def _chat_stream(
         elif isinstance(item, Finished):
             for delta in parts.finish():
                 yield chunk(delta)
-            yield chunk({}, "tool_calls" if parts.n_calls else item.reason)
+            yield chunk({}, parts.reason(item))
             for last in reply.last(item, kind):
                 yield last
 
@@ -259,7 +289,7 @@ def _chat_answer(events: Sequence[Token | Finished], chat: _Chat, reply: _Reply)
         "index": 0,
         "message": message,
         "logprobs": replies.chat_logprobs(scored) if wants_logprobs else None,
-        "finish_reason": "tool_calls" if calls else done.reason,
+        "finish_reason": parts.reason(done),
     }
     return reply.head() | {"choices": [choice], "usage": replies.usage(done)} | reply.tail(done)
 
@@ -312,13 +342,9 @@ async def _commented(
             yield event
 
 
-def _completion_choice(
-    events: Sequence[Token | Finished], wanted: Generation, index: int, is_text: bool
-) -> Body:
+def _completion_choice(events: Sequence[Token | Finished], wanted: Generation, index: int) -> Body:
     tokens = [event for event in events if isinstance(event, Token)]
     scored = [entry for token in tokens for entry in token.scored]
-    if scored and wanted.echo and is_text and not scored[0].data:
-        scored = scored[1:]  # the beginning of a text is no token of it
     has_logprobs = wanted.logprobs is not None
     return {
         "index": index,

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from ..options import DEFAULT_POLICY, DEFAULT_PREDICTOR, Options
+from ..options import Options
 from ..sizes import parse_size
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """One value for each flag of `hobbit serve`, by the name of its parameter."""
+    """One value for each flag of `hobbit serve` that a run does not have, by its parameter's name.
 
-    words: tuple[str, ...] = ()
-    model: str | None = None
-    hf_repo: str | None = None
-    hf_file: str | None = None
+    `loading` has the others: which model, how it is loaded, `predict` as the most of an answer.
+    """
+
+    loading: Options = field(default_factory=Options)
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     alias: str | None = None
+    strict_model: bool = False
     cors_origins: str = ""
     timeout: float = 3600.0
     sse_ping: float = 5.0
@@ -31,45 +32,23 @@ class ServeOptions:
     metrics: bool = True
     no_ui: bool = False
     max_body: str = "16M"
-    predict: int | None = None
-    ctx_size: int | None = None
-    threads: int | None = None
-    threads_batch: int | None = None
-    batch_size: int = 2048
-    ubatch_size: int = 512
-    gpu_layers: str = "auto"
-    flash_attn: str = "auto"
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    memory: str = "auto"
-    policy: str = DEFAULT_POLICY
-    predictor: str = DEFAULT_PREDICTOR
-    quality: str = "exact"
-    t1: float | None = None
-    t2: float | None = None
-    patience: int = 0
-    deterministic: bool = False
-    low_file: Path | None = None
-    resident_low: str = "auto"
-    warm_start: bool = True
-    io: str = "auto"
-    io_threads: int = 0
-    verbose: int = 0
-    quiet: bool = False
-    color: str = "auto"
+    preload: bool = True
+    sleep_idle_seconds: float = 0.0
+    log_json: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.words) > 1:
-            raise UsageError(f"one model is served, not {' and '.join(self.words)}")
-        if self.predict is not None and self.predict == 0:
+        words = self.loading.words
+        if len(words) > 1:
+            raise UsageError(f"one model is served, not {' and '.join(words)}")
+        if self.loading.predict == 0:
             raise UsageError("-n 0: no request could be answered; -1 is no limit")
-        self.loading()
-        self.body_bytes()
-
-    def loading(self) -> Options:
-        """Return how the model is named and loaded."""
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(Options)}
-        return Options(**{name: getattr(self, name) for name in shared})
+        if not self.body_bytes():
+            raise UsageError(f"--max-body {self.max_body}: no request could be read")
+        for origin in self.origins():
+            if origin != "*" and "://" not in origin:
+                raise UsageError(
+                    f"--cors-origins {origin}: an origin is written like http://localhost:3000"
+                )
 
     def body_bytes(self) -> int:
         """Return the largest request body that is read."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .generation import Finished, Scored
 from .scoring import token_text
 from .service import rate
-
-if TYPE_CHECKING:
-    from ..llama import Llama
 
 
 def new_id(kind: str) -> str:
@@ -52,7 +50,7 @@ def timings(done: Finished) -> dict[str, Any]:
     }
 
 
-def hobbit_block(done: Finished, llm: Llama) -> dict[str, Any]:
+def hobbit_block(done: Finished) -> dict[str, Any]:
     """Return how the answer was computed and what it cost; counters are of the whole request."""
     stats, decode = done.stats, done.decode
     pairs = stats.pairs_high + stats.pairs_low + stats.pairs_skip
@@ -60,6 +58,7 @@ def hobbit_block(done: Finished, llm: Llama) -> dict[str, Any]:
         "mode": stats.mode,
         "quality": done.mode,
         "hit": decode.hit_rate,
+        "device": decode.device_share,
         "high": stats.pairs_high / pairs if pairs else 1.0,
         "low": stats.pairs_low / pairs if pairs else 0.0,
         "skip": stats.pairs_skip / pairs if pairs else 0.0,
@@ -67,7 +66,7 @@ def hobbit_block(done: Finished, llm: Llama) -> dict[str, Any]:
         "mib_per_token": decode.mib_per_token,
         "stall": decode.stall_share,
         "ttft_s": done.ttft_s,
-        "memory": {"cap": llm.plan.cap.bytes, "peak": stats.peak_bytes},
+        "memory": {"cap": stats.cap_bytes, "peak": stats.peak_bytes},
     }
 
 
@@ -76,12 +75,13 @@ def completion_logprobs(scored: Sequence[Scored], offset: int = 0) -> dict[str, 
     found: dict[str, list[Any]] = {
         "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
     }  # fmt: skip
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for entry in scored:
         found["tokens"].append(token_text(entry.data))
         found["token_logprobs"].append(entry.logprob)
         found["top_logprobs"].append(None if entry.logprob is None else _top(entry))
         found["text_offset"].append(offset)
-        offset += len(entry.data.decode(errors="ignore"))
+        offset += len(decoder.decode(entry.data))  # a character may be of several tokens
     return found
 
 

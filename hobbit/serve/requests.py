@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..generate import Sampling
+from ..options import MAX_SEED
 from .generation import Generation
 from .service import MAX_PROMPTS, Service
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 Body = dict[str, Any]
 
 _MAX_LOGPROBS = 100
 
 
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt; its first `n_implied` tokens are not of the text that was given."""
+
+    tokens: list[int]
+    n_implied: int = 0
+
+
 def generation(
-    service: Service, body: Body, prompt: list[int], limit: int | None, grammar: str
+    service: Service,
+    llm: Llama,
+    body: Body,
+    prompt: list[int],
+    limit: int | None,
+    grammar: str,
 ) -> Generation:
     """Return what is asked for. `limit` is the tokens that the request wants, None for no limit."""
-    llm = service.engine.llm
     if not prompt:
         bos = llm.token_bos()
         if bos < 0:
@@ -49,41 +66,41 @@ def limit_of(service: Service, body: Body, *names: str, default: int | None = No
         if not isinstance(wanted, int) or isinstance(wanted, bool):
             raise UsageError(f"{names[0]} must be a whole number")
         wanted = None if wanted < 0 else wanted
-    most = service.options.predict
+    most = service.options.loading.predict
     if most is None or most < 0:
         return wanted
     return most if wanted is None else min(wanted, most)
 
 
-def prompts_of(service: Service, prompt: object) -> list[list[int]]:
-    """Return the prompts of a completion request, as tokens: a text, tokens, or a list of them."""
+def prompts_of(llm: Llama, prompt: object) -> list[PromptTokens]:
+    """Return the prompts of a completion request: a text, tokens, or a list of them."""
     if isinstance(prompt, str):
-        return [text_tokens(service, prompt)]
-    if isinstance(prompt, list) and prompt and _is_token(prompt[0]):
-        return [checked_tokens(service, prompt)]
+        return [text_tokens(llm, prompt)]
     if not isinstance(prompt, list) or not prompt:
         raise UsageError("prompt must be a text, a list of tokens, or a list of those")
+    if _is_token(prompt[0]):
+        return [PromptTokens(checked_tokens(llm, prompt))]
     if len(prompt) > MAX_PROMPTS:
         raise UsageError(f"at most {MAX_PROMPTS} prompts in one request")
     return [
-        checked_tokens(service, p) if isinstance(p, list) else prompts_of(service, p)[0]
+        PromptTokens(checked_tokens(llm, p)) if isinstance(p, list) else prompts_of(llm, p)[0]
         for p in prompt
     ]
 
 
-def checked_tokens(service: Service, tokens: list[Any]) -> list[int]:
+def checked_tokens(llm: Llama, tokens: list[Any]) -> list[int]:
     """Return tokens that a client gave; raises UsageError for what is none."""
-    n_vocab = service.engine.llm.n_vocab()
+    n_vocab = llm.n_vocab()
     if not all(_is_token(token) and 0 <= token < n_vocab for token in tokens):
         raise UsageError(f"tokens are whole numbers from 0 to {n_vocab - 1}")
     return tokens
 
 
-def text_tokens(service: Service, text: str) -> list[int]:
+def text_tokens(llm: Llama, text: str) -> PromptTokens:
     """Tokenise a prompt, with the token that the model wants at a text's beginning."""
-    llm = service.engine.llm
-    bos = llm._model.add_bos_token()
-    return [*llm.tokenize(text.encode(), add_bos=bos, special=True)]
+    bos = bool(llm._model.add_bos_token())
+    tokens = [*llm.tokenize(text.encode(), add_bos=bos, special=True)]
+    return PromptTokens(tokens, int(bos or not tokens))  # an empty prompt gets it too
 
 
 def number(body: Body, name: str, default: float, least: float, most: float) -> float:
@@ -127,7 +144,8 @@ def _sampling(service: Service, body: Body, limit: int | None, grammar: str) -> 
         top_p=number(body, "top_p", own.top_p, 0, 1),
         min_p=number(body, "min_p", own.min_p, 0, 1),
         repeat_penalty=number(body, "repeat_penalty", own.repeat_penalty, 0, 100),
-        seed=None if seed is None or seed == -1 else seed & 0xFFFFFFFF,
+        # The largest that 32 bits have means a random one.
+        seed=None if seed is None or seed == -1 else seed % (MAX_SEED + 1),
         stop=_stops(body.get("stop")),
         grammar=grammar,
     )
@@ -146,10 +164,12 @@ def _logit_bias(bias: object, n_vocab: int) -> Mapping[int, float]:
     try:
         pairs = bias.items() if isinstance(bias, dict) else bias
         found = {int(token): float(value) for token, value in pairs}  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError("logit_bias must have a number for each token") from None
     if any(not 0 <= token < n_vocab for token in found):
         raise UsageError(f"logit_bias: tokens are from 0 to {n_vocab - 1}")
+    if not all(math.isfinite(value) for value in found.values()):
+        raise UsageError("logit_bias must be finite: -100 is enough to rule a token out")
     return found
 
 

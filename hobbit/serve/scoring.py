@@ -23,7 +23,7 @@ _IMPOSSIBLE = -9999.0
 
 def score_last(llm: Llama, token: int, n_top: int) -> Scored:
     """Return the log-probability of a token after what was evaluated last."""
-    return _scored(llm, _row(llm, -1), token, n_top)
+    return _scored(llm, llm.logits_row(-1), token, n_top)
 
 
 def score_prompt(
@@ -35,7 +35,8 @@ def score_prompt(
     `on_progress` is called before each piece; what it raises ends the evaluation.
     """
     llm.reset()
-    api.llama_memory_clear(api.llama_get_memory(llm._ctx.ctx), True)
+    memory = api.llama_get_memory(llm._ctx.ctx)
+    llm.guarded(lambda: api.llama_memory_clear(memory, True))
     found = [Scored(llm.detokenize([tokens[0]]), None)]
     piece = piece_tokens(llm)
     for start in range(0, len(tokens), piece):
@@ -43,7 +44,7 @@ def score_prompt(
         part = tokens[start : start + piece]
         _decode(llm, part, start)
         nexts = tokens[start + 1 : start + 1 + len(part)]
-        found += [_scored(llm, _row(llm, i), token, n_top) for i, token in enumerate(nexts)]
+        found += [_scored(llm, llm.logits_row(i), token, n_top) for i, token in enumerate(nexts)]
     llm.input_ids[: len(tokens)] = tokens
     llm.n_tokens, llm._requires_eval = len(tokens), False
     on_progress(len(tokens), len(tokens))
@@ -81,11 +82,6 @@ def _decode(llm: Llama, tokens: Sequence[int], past: int) -> None:
         llm.decode(batch)
     finally:
         api.llama_batch_free(batch)
-
-
-def _row(llm: Llama, index: int) -> npt.NDArray[np.float32]:
-    row = api.llama_get_logits_ith(llm._ctx.ctx, index)
-    return np.ctypeslib.as_array(row, shape=(llm.n_vocab(),))
 
 
 def _scored(llm: Llama, row: npt.NDArray[np.float32], token: int, n_top: int) -> Scored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from starlette.types import ASGIApp
 
 from ..errors import HobbitError, UsageError
 from .engine import Engine
+from .ports import holder
 
 # For answers to reach their clients when all that is left of a request is its end.
 _LAST_WORDS_S = 5
+_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,9 +38,10 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as exc:
         sock.close()
         if exc.errno == errno.EADDRINUSE:
+            who = holder(port) or "another process"
             raise HobbitError(
-                f"port {port} of {host} is in use: stop what uses it, or name another with --port "
-                "(0: a free one)"
+                f"port {port} of {host} is in use by {who}: stop it, or name another port with "
+                "--port (0: a free one)"
             ) from exc
         raise HobbitError(f"cannot listen on {host}, port {port}: {exc.strerror}") from exc
     sock.setblocking(False)
@@ -54,19 +58,22 @@ def url_of(sock: socket.socket) -> str:
 def serve(app: ASGIApp, sock: socket.socket, engine: Engine, ready: Callable[[], None]) -> int:
     """Serve until SIGTERM, which lets requests finish, or SIGINT, which ends them.
 
-    `ready` is called when requests are taken. Returns the signal's number.
+    `ready` is called when requests are taken. Returns the signal's number; from then on another
+    signal ends the process, as what is left is to wait for the model.
     """
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30
     )
     server = _Server(config, engine)
     asyncio.run(_run(server, sock, ready))
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     return server.signal
 
 
 async def _run(server: _Server, sock: socket.socket, ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, server.told, number)
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     while not server.started and not serving.done():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,8 +15,14 @@ from .exchange import Exchange
 class Stream(StreamingResponse):
     """Sends events; an error that comes after the first of them is sent as one."""
 
-    def __init__(self, exchange: Exchange, events: AsyncIterator[bytes]) -> None:
-        super().__init__(_with_errors(events), headers=sse.HEADERS, media_type=sse.MEDIA_TYPE)
+    def __init__(
+        self,
+        exchange: Exchange,
+        events: AsyncIterator[bytes],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        told = _with_errors(events, failed)
+        super().__init__(told, headers=sse.HEADERS, media_type=sse.MEDIA_TYPE)
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -27,12 +32,14 @@ class Stream(StreamingResponse):
             self._exchange.leave()
 
 
-async def _with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _with_errors(
+    events: AsyncIterator[bytes], failed: Callable[[BaseException], None]
+) -> AsyncIterator[bytes]:
     try:
         async for event in events:
             yield event
     except Exception as error:  # the status is sent already
         told = as_http(error)
         if told.status == 500:
-            traceback.print_exception(error)
+            failed(error)
         yield sse.event(told.body())

@@ -35,13 +35,16 @@ class Turns(Generic[T]):
             self._waiting.setdefault(client, deque()).append(item)
             self._changed.notify()
 
-    def take(self) -> T | None:
-        """Wait for the next item; None when nothing is left of a closed queue."""
+    def take(self, patience_s: float | None = None) -> T | None:
+        """Wait for the next item; None when nothing is left of a closed queue.
+
+        Raises TimeoutError when nothing came for so long.
+        """
         with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return None
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: self._waiting or self._closed, patience_s):
+                raise TimeoutError
+            if not self._waiting:
+                return None
             client, items = self._waiting.popitem(last=False)
             item = items.popleft()
             if items:

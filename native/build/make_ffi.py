@@ -7,6 +7,8 @@ import sys
 
 import cffi
 
+# Functions of Python's that C calls.
+CALLBACKS = 'extern "Python" void hobbit_python(void *context);'
 BEGIN, END = "/* cdef begin */", "/* cdef end */"
 
 
@@ -15,6 +17,7 @@ def main(header: str, output: str) -> None:
         declarations = file.read().split(BEGIN)[1].split(END)[0]
     ffi = cffi.FFI()
     ffi.cdef(declarations)
+    ffi.cdef(CALLBACKS)
     ffi.set_source("hobbit._hobbit", '#include "hobbit.h"')
     ffi.emit_c_code(output)
 

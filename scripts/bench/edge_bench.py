@@ -19,13 +19,23 @@ from typing import Any
 
 import edge_plots
 import quality_speed
-from measuring import MODELS_DIR, TEXT, about, inflated_demo, machine, olmoe, save, say
+from measuring import (
+    MODELS_DIR,
+    TEXT,
+    about,
+    answered,
+    free_stem,
+    inflated_demo,
+    machine,
+    olmoe,
+    save,
+    say,
+)
 
 from hobbit import demo
 from hobbit.bench import Arm, Case, Setup, file_bytes, measure
 from hobbit.bench_options import cap_bytes
 from hobbit.bench_rows import Row, as_markdown, rows
-from hobbit.errors import HobbitError
 from hobbit.gguf_file import open_gguf
 from hobbit.layout import build_layout
 from hobbit.modes import companions
@@ -82,12 +92,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
 
 def main(args: Sequence[str] | None = None) -> int:
     options = parse_args(args)
-    try:
-        print(run(options))
-    except (HobbitError, OSError) as exc:
-        print(f"edge-bench: {' '.join(str(exc).split())}", file=sys.stderr)
-        return getattr(exc, "exit_code", 1)
-    return 0
+    return answered("edge-bench", lambda: [run(options)])
 
 
 def run(options: argparse.Namespace) -> Path:
@@ -105,14 +110,6 @@ def run(options: argparse.Namespace) -> Path:
     file = stem.with_suffix(".md")
     file.write_text("\n".join(lines(report, stem.name)) + "\n", encoding="utf-8")
     return file
-
-
-def free_stem(folder: Path, date: str) -> Path:
-    """Return a name that no report of the day has yet."""
-    number = 1
-    while (folder / f"{date}{f'-{number}' if number > 1 else ''}.json").exists():
-        number += 1
-    return folder / (f"{date}-{number}" if number > 1 else date)
 
 
 # What is measured

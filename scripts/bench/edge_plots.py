@@ -21,6 +21,7 @@ NAMES = {
     "stall_s": "waiting for reads",
     "manage_s": "cache management",
     "predict_s": "prediction",
+    "device_wait_s": "waiting for a device",
     "rest_s": "attention, router, the rest",
 }
 
@@ -89,7 +90,10 @@ def times(parts: Sequence[Part], path: Path) -> None:
             whole = [0 if s else _ms(row, "total_s") for row, s in zip(found, split, strict=True)]
             panel.bar(names, whole, color="#c7c7c7", label="not split")
             below = [0.0] * len(found)
+            there = any(_ms(row, "device_wait_s") for row in found)
             for key in [*PARTS, "rest_s"]:
+                if key == "device_wait_s" and not there:
+                    continue
                 more = [max(_ms(row, key), 0.0) for row in found]
                 panel.bar(names, more, bottom=below, label=NAMES[key])
                 below = [a + b for a, b in zip(below, more, strict=True)]

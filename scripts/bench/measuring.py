@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,26 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [head, f"|{'---|' * len(rows[0])}", *body]
 
 
+def free_stem(folder: Path, date: str) -> Path:
+    """Return a name that no report of the day has yet."""
+    number = 1
+    while (folder / f"{date}{f'-{number}' if number > 1 else ''}.json").exists():
+        number += 1
+    return folder / (f"{date}-{number}" if number > 1 else date)
+
+
 def save(report: dict[str, Any], path: Path | None) -> None:
     """Write what is known so far: a long run that is cut short has not been in vain."""
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def answered(name: str, work: Callable[[], Iterable[object]]) -> int:
+    """Print what comes of the work as it comes, or in one line why not; return the exit status."""
+    try:
+        for line in work():
+            print(line, flush=True)
+    except (HobbitError, OSError) as exc:
+        print(f"{name}: {' '.join(str(exc).split())}", file=sys.stderr)
+        return getattr(exc, "exit_code", 1)
+    return 0

@@ -1,48 +1,25 @@
 /* Description: experts computed on a device while the CPU computes others equal, bit for bit, those of the CPU, whatever
  * is where. The device is ggml's CPU, through all that a device with memory of its own would go through; with a server
  * in another process tests/test_devices.py has one that really has. */
-#include <pthread.h>
 #include <unistd.h>
 
-#include "device.h"
+#include "costs.h"
+#include "executor.h"
 #include "faults.h"
-#include "layers.h"
-#include "model.h"
+#include "on_device.h"
 
-static struct hobbit_stats stats_of(const struct arm *arm) {
-    struct hobbit_stats stats;
-    hobbit_model_stats(arm->model, &stats);
-    return stats;
-}
-
-static uint64_t whole_expert(void) {
-    uint64_t bytes = 0;
-    for (enum role role = UP; role <= GATE_UP; role++) {
-        bytes += has(file.variant, role) ? expert_bytes(HOBBIT_HIGH, role) : 0;
-    }
-    return bytes;
-}
-
-static struct hobbit_device *open_device(void) {
-    struct hobbit_device *device;
-    char err[256];
-    CHECK_EQUAL(hobbit_device_open("CPU", 1, &device, err, sizeof err), HOBBIT_OK);
-    return device;
-}
+/* Who computes what, in the tests to come; and what reading is said to take. */
+static int32_t dispatch = HOBBIT_DISPATCH_SPLIT;
+static uint64_t read_ns_per_mib = 0;
 
 static int32_t use_device(struct arm *arm, struct hobbit_device *device, int32_t n_slots, uint64_t batch_bytes,
                           uint64_t token_bytes, char *err, size_t err_len) {
-    const struct hobbit_device_pool pool = {whole_expert(), n_slots};
+    const struct hobbit_device_pool pool = {{whole_expert(HOBBIT_HIGH)}, {n_slots}};
     const int32_t pool_of_group[LAYERS] = {0};
-    const struct hobbit_device_plan plan = {&pool, pool_of_group, 1, batch_bytes, token_bytes};
+    const struct hobbit_device_plan plan = {&pool, pool_of_group, 1, batch_bytes, token_bytes,
+                                            .dispatch = dispatch, .n_threads = 1,
+                                            .read_ns_per_mib = read_ns_per_mib};
     return hobbit_model_use_device(arm->model, device, &plan, err, err_len);
-}
-
-/* Wait for the copies that are on their way there. */
-static void settle(const struct arm *arm) {
-    hb_model_lock(arm->model);
-    hb_model_end_uploads(arm->model);
-    hb_model_unlock(arm->model);
 }
 
 struct split {
@@ -66,9 +43,12 @@ static void compare(struct split split) {
         }
     }
     struct hobbit_stats stats = stats_of(arm);
-    CHECK((stats.device_hits > 0) == (split.device_slots > 0 && split.batch_bytes > 100000));
-    CHECK((stats.device_bytes > 0) == (split.device_slots > 0));
-    CHECK(stats.device_bytes % whole_expert() == 0);
+    bool used = split.device_slots > 0 && split.batch_bytes > 100000;
+    CHECK((stats.device_pairs > 0) == used || dispatch == HOBBIT_DISPATCH_AUTO);
+    CHECK((stats.device_hits > 0) == used || dispatch != HOBBIT_DISPATCH_SPLIT);
+    CHECK((stats.device_brought > 0) == used || dispatch != HOBBIT_DISPATCH_DEVICE);
+    CHECK((stats.device_bytes > 0) == (split.device_slots > 0) || dispatch == HOBBIT_DISPATCH_AUTO);
+    CHECK(stats.device_bytes % whole_expert(HOBBIT_HIGH) == 0);
     CHECK_EQUAL(stats.device_declined, 0);
     close_arm(arm);
     hobbit_device_close(device);
@@ -83,12 +63,57 @@ static void results_do_not_depend_on_what_is_where(void) {
             compare((struct split) {host, device, batch, much});
         }
     }
-    compare((struct split) {LAYERS * EXPERTS, 4, batch, whole_expert() / 3});
+    compare((struct split) {LAYERS * EXPERTS, 4, batch, whole_expert(HOBBIT_HIGH) / 3});
 }
 
 /* The batch's memory holds a few pairs only: several batches a layer, and experts with more pairs stay here. */
 static void small_batches_are_enough(void) {
     compare((struct split) {3, LAYERS * EXPERTS, 160000, much});
+}
+
+/* With copies made for the layer that is computed, also where a single slot is all there is, here or there. */
+static void results_do_not_depend_on_who_computes(void) {
+    for (dispatch = HOBBIT_DISPATCH_AUTO; dispatch <= HOBBIT_DISPATCH_DEVICE; dispatch++) {
+        for (int32_t host = 1; host <= LAYERS * EXPERTS; host += 5) {
+            for (int32_t device = 1; device <= LAYERS * EXPERTS; device += 5) {
+                compare((struct split) {host, device, batch, device % 2 == 0 ? much : 0});
+            }
+        }
+        compare((struct split) {3, LAYERS * EXPERTS, 160000, much});
+    }
+    dispatch = HOBBIT_DISPATCH_SPLIT;
+}
+
+/* A device that is slower than the CPU is still faster than the disk: what is only there stays there. */
+static void what_is_only_there_would_have_to_be_read(void) {
+    struct arm *arm = open_arm(LAYERS * EXPERTS, HOBBIT_IO_AUTO);
+    struct hobbit_device *device = open_device();
+    const struct hobbit_device_delays delays = {.batch_ns = 3000000};
+    struct input in;
+    char err[256];
+    uint64_t seed = 83;
+    static float out[EMBD * MAX_TOKENS];
+    hobbit_device_delay(device, &delays);
+    read_ns_per_mib = 1000000000;
+    CHECK_EQUAL(use_device(arm, device, LAYERS * EXPERTS, batch, much, err, sizeof err), HOBBIT_OK);
+    read_ns_per_mib = 0;
+    for (int i = 0; i < 12; i++) {
+        random_input(&in, 3, &seed);
+        CHECK_EQUAL(compute(arm, &in, out), GGML_STATUS_SUCCESS);
+        settle(arm);
+    }
+    hb_model_lock(arm->model);
+    hb_cache_forget(arm->model->cache);
+    hb_model_unlock(arm->model);
+    CHECK_EQUAL(hobbit_model_set_dispatch(arm->model, HOBBIT_DISPATCH_AUTO), HOBBIT_OK);
+    uint64_t misses = stats_of(arm).misses;
+    for (int i = 0; i < 12; i++) {
+        random_input(&in, 1, &seed);
+        CHECK_EQUAL(compute(arm, &in, out), GGML_STATUS_SUCCESS);
+    }
+    CHECK_EQUAL(stats_of(arm).misses, misses);
+    close_arm(arm);
+    hobbit_device_close(device);
 }
 
 /* Not one pair fits: all is computed here although it is there. */
@@ -126,7 +151,7 @@ static void once_there_an_expert_is_not_read_again(void) {
     check_same(arm, reference, &in);
     CHECK_EQUAL(stats_of(arm).read_bytes, bytes);
     CHECK(stats_of(arm).device_hits >= hits + LAYERS * 2);
-    CHECK_EQUAL(stats_of(arm).device_bytes, LAYERS * EXPERTS * whole_expert());
+    CHECK_EQUAL(stats_of(arm).device_bytes, LAYERS * EXPERTS * whole_expert(HOBBIT_HIGH));
     hobbit_model_forget(arm->model);
     check_same(arm, reference, &in);
     CHECK(stats_of(arm).read_bytes > bytes);
@@ -137,12 +162,31 @@ static void once_there_an_expert_is_not_read_again(void) {
     close_arm(reference);
 }
 
-static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
-
-static void wait_at_the_gate(void *context) {
-    (void) context;
-    pthread_mutex_lock(&gate);
-    pthread_mutex_unlock(&gate);
+/* What a layer to come will probably use goes there before it is used. */
+static void what_is_expected_goes_there_ahead(void) {
+    struct arm *arm = open_arm(LAYERS * EXPERTS, HOBBIT_IO_AUTO);
+    struct hobbit_device *device = open_device();
+    struct input in;
+    char err[256];
+    uint64_t seed = 79;
+    static float out[EMBD * MAX_TOKENS];
+    CHECK_EQUAL(use_device(arm, device, 2 * EXPERTS, batch, much, err, sizeof err), HOBBIT_OK);
+    random_input(&in, MAX_TOKENS, &seed);
+    CHECK_EQUAL(compute(arm, &in, out), GGML_STATUS_SUCCESS);
+    settle(arm);
+    hb_model_lock(arm->model);
+    hb_tier_forget(hb_model_tier(arm->model));
+    const int32_t expert[] = {in.table[0]}, precision[] = {HOBBIT_HIGH};
+    const float odds[] = {1};
+    const struct hb_key key = {1, expert[0], HOBBIT_HIGH};
+    CHECK(!hb_model_is_there(arm->model, key));
+    CHECK(hb_model_expect(arm->model, 1, 1, expert, precision, odds)); /* it is cached here */
+    hb_model_end_uploads(arm->model);
+    CHECK(hb_model_is_there(arm->model, key));
+    hb_model_give_up(arm->model, -1);
+    hb_model_unlock(arm->model);
+    close_arm(arm);
+    hobbit_device_close(device);
 }
 
 struct computation {
@@ -171,12 +215,8 @@ static void the_cpu_does_not_wait_for_the_device(void) {
     settle(arm); /* its experts are there */
     other = in;
     other.table[0] = in.table[EXPERTS - 1]; /* and one of these is not */
-    struct hb_task waits = {.run = wait_at_the_gate};
-    pthread_mutex_lock(&gate);
-    hb_worker_submit(device->worker, &waits, true);
-    while (!hb_worker_is_busy(device->worker)) {
-        usleep(100);
-    }
+    struct hb_task waits;
+    hold(device, HB_COMPUTES, &waits);
     uint64_t computed = stats_of(arm).compute_ns, hits = stats_of(arm).device_hits, there = stats_of(arm).device_ns;
     c.in = &other;
     pthread_t thread;
@@ -192,6 +232,54 @@ static void the_cpu_does_not_wait_for_the_device(void) {
     close_arm(arm);
     hobbit_device_close(device);
     close_arm(reference);
+}
+
+/* A copy is kept from beginning, and what is there is computed all the same; with one thread for both it is not. */
+static void the_device_computes_while_it_copies(bool turns) {
+    struct arm *arm = open_arm(LAYERS * EXPERTS, HOBBIT_IO_AUTO), *reference = open_arm(0, 0);
+    struct hobbit_device *device = open_device();
+    struct computation c = {.arm = arm};
+    struct input in, other;
+    char err[256];
+    uint64_t seed = 83;
+    hobbit_device_delay(device, &(struct hobbit_device_delays) {.turns = turns});
+    random_input(&in, 1, &seed);
+    CHECK_EQUAL(use_device(arm, device, LAYERS * EXPERTS, batch, much, err, sizeof err), HOBBIT_OK);
+    check_same(arm, reference, &in);
+    settle(arm);
+    other = in;
+    other.table[0] = in.table[EXPERTS - 1]; /* in the host's memory, and not there */
+    CHECK_EQUAL(hobbit_model_set_dispatch(arm->model, HOBBIT_DISPATCH_CPU), HOBBIT_OK);
+    check_same(arm, reference, &other);
+    CHECK_EQUAL(hobbit_model_set_dispatch(arm->model, HOBBIT_DISPATCH_DEVICE), HOBBIT_OK);
+    struct hb_curve slow = {1, {{1, 1e6}}}; /* so that a batch more is worth it */
+    struct hb_curve slower = {2, {{1, 1}, {101, 1e9}}};
+    hb_costs_set(hb_executor_costs(device->executor), HB_LANE_UPLOAD, 0, &slow);
+    hb_costs_set(hb_executor_costs(device->executor), HB_LANE_CPU, 0, &slower);
+    struct hb_task waits;
+    hold(device, turns ? HB_COMPUTES : HB_COPIES, &waits);
+    uint64_t there = stats_of(arm).device_ns, brought = stats_of(arm).device_brought;
+    c.in = &other;
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, compute_in_a_thread, &c) == 0);
+    while (turns ? stats_of(arm).device_brought == brought : stats_of(arm).device_ns == there) {
+        usleep(100);
+    }
+    CHECK(stats_of(arm).device_brought > brought);
+    CHECK(!turns || stats_of(arm).device_ns == there);
+    pthread_mutex_unlock(&gate);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(stats_of(arm).device_ns > there);
+    CHECK(stats_of(arm).break_even_pairs > 1 && stats_of(arm).break_even_pairs < 101);
+    check_same(arm, reference, &other);
+    close_arm(arm);
+    hobbit_device_close(device);
+    close_arm(reference);
+}
+
+static void copies_and_computing_overlap(void) {
+    the_device_computes_while_it_copies(false);
+    the_device_computes_while_it_copies(true);
 }
 
 static void every_failed_allocation_is_survived(void) {
@@ -223,6 +311,68 @@ static void every_failed_allocation_is_survived(void) {
     close_arm(reference);
 }
 
+/* Kept for ever, by design. */
+static struct hobbit_device *silent[2];
+
+static struct hobbit_device *open_impatiently(int patience_ms) {
+    struct hobbit_device *device = open_device();
+    device->patience_ms = patience_ms;
+    return device;
+}
+
+#ifdef __SANITIZE_THREAD__
+#define N_SILENT 1 /* nothing but time is between what a copy reads and the end of the model */
+#else
+#define N_SILENT 2
+#endif
+
+/* Be it before it has allocated anything, or in the middle of a copy, which ends when the model is gone. */
+static void a_device_that_does_not_answer_gets_no_model(void) {
+    const uint64_t copy_ns = 2000000000;
+    const struct hobbit_device_delays slow = {.copy_ns_per_mib = (copy_ns << 20) / whole_expert(HOBBIT_HIGH)};
+    static struct hb_task waits;
+    char err[256];
+    for (int i = 0; i < N_SILENT; i++) {
+        silent[i] = open_impatiently(100);
+        hobbit_device_delay(silent[i], &slow);
+    }
+    hold(silent[0], HB_COMPUTES, &waits);
+    for (int i = 0; i < N_SILENT; i++) {
+        struct arm *arm = open_arm(3, HOBBIT_IO_AUTO);
+        CHECK_EQUAL(use_device(arm, silent[i], 4, batch, much, err, sizeof err), HOBBIT_DEVICE);
+        CHECK_TEXT(err, "device CPU cannot be used: it does not answer");
+        CHECK(hb_worker_is_lost(silent[i]->worker));
+        CHECK(hb_worker_is_busy(silent[i]->worker));
+        close_arm(arm);
+    }
+    pthread_mutex_unlock(&gate);
+    for (int i = 0; i < N_SILENT; i++) {
+        hb_worker_rest(silent[i]->worker, HB_WORKER_FOREVER);
+        hobbit_device_close(silent[i]);
+    }
+}
+
+/* Its experts' memory is given back, and the addresses stay. */
+static void an_abandoned_model_keeps_no_experts(void) {
+    struct arm *arm = open_arm(LAYERS * EXPERTS, HOBBIT_IO_AUTO);
+    struct input in;
+    float out[EMBD * MAX_TOKENS];
+    uint64_t seed = 89;
+    random_input(&in, MAX_TOKENS, &seed);
+    CHECK_EQUAL(compute(arm, &in, out), GGML_STATUS_SUCCESS);
+    struct hb_arena arena = hb_model_arena(arm->model, 0, HOBBIT_HIGH);
+    uint64_t bytes = arena.slot_bytes * (uint64_t) arena.n_slots, used[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        for (uint64_t k = 0; k < bytes; k++) {
+            used[i] += ((const char *) arena.base)[k] != 0;
+        }
+        hobbit_model_abandon(arm->model);
+    }
+    CHECK(used[0] > 0);
+    CHECK_EQUAL(used[1], 0);
+    close_arm(arm);
+}
+
 static void what_does_not_fit_is_refused(void) {
     struct arm *arm = open_arm(3, HOBBIT_IO_AUTO);
     struct hobbit_device *device = open_device(), *none;
@@ -233,12 +383,14 @@ static void what_does_not_fit_is_refused(void) {
     CHECK(info.shares_memory && info.total_bytes > 0);
     CHECK_EQUAL(hobbit_device_open("Hobbit", 1, &none, err, sizeof err), HOBBIT_ARG);
     CHECK_TEXT(err, "there is no device Hobbit: there is CPU");
-    const struct hobbit_device_pool pools[] = {{whole_expert() + 1, 2}, {whole_expert(), 2}};
+    const struct hobbit_device_pool pools[] = {{{whole_expert(HOBBIT_HIGH) + 1}, {2}}, {{whole_expert(HOBBIT_HIGH)}, {2}}};
     const int32_t first[LAYERS] = {0}, none_there[LAYERS] = {2, 2}, second[LAYERS] = {1, 1};
-    const struct hobbit_device_plan wrong[] = {{pools, first, 1, batch, 0},
-                                               {pools + 1, none_there, 1, batch, 0},
-                                               {pools, second, 2, batch, 0},
-                                               {pools + 1, first, 1, 0, 0}};
+    const struct hobbit_device_plan wrong[] = {
+        {.pools = pools, .pool_of_group = first, .n_pools = 1, .batch_bytes = batch},
+        {.pools = pools + 1, .pool_of_group = none_there, .n_pools = 1, .batch_bytes = batch},
+        {.pools = pools, .pool_of_group = second, .n_pools = 2, .batch_bytes = batch},
+        {.pools = pools + 1, .pool_of_group = first, .n_pools = 1},
+    };
     for (int i = 0; i < 4; i++) {
         CHECK_EQUAL(hobbit_model_use_device(arm->model, device, &wrong[i], err, sizeof err), HOBBIT_ARG);
         CHECK_TEXT(err, "does not fit");
@@ -266,9 +418,15 @@ int main(void) {
         RUN(small_batches_are_enough);
         RUN(once_there_an_expert_is_not_read_again);
         if (i == 0) {
+            RUN(results_do_not_depend_on_who_computes);
+            RUN(what_is_only_there_would_have_to_be_read);
             RUN(a_place_too_small_for_anything_is_left_alone);
+            RUN(what_is_expected_goes_there_ahead);
             RUN(the_cpu_does_not_wait_for_the_device);
+            RUN(copies_and_computing_overlap);
             RUN(every_failed_allocation_is_survived);
+            RUN(a_device_that_does_not_answer_gets_no_model);
+            RUN(an_abandoned_model_keeps_no_experts);
             RUN(what_does_not_fit_is_refused);
             RUN(a_server_that_is_not_there_is_an_error);
         }

@@ -1,6 +1,8 @@
 /* Description: what a layer's router will choose is learned from what it chose, and not from a pass that was broken off. */
 #include "forecast.h"
 
+#include <math.h>
+
 #include "check.h"
 
 enum { GROUPS = 3, EMBD = 4, EXPERTS = 4, USED = 1, DEPTH = 2 };
@@ -74,6 +76,33 @@ static void a_pass_that_was_broken_off_is_not_learned_from(void) {
     }
 }
 
+/* A model may compute nonsense for a prompt, or overflow: what was learned stays. */
+static void what_is_no_number_is_not_learned(void) {
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        struct hb_forecast *f = new_forecast();
+        int32_t expert = 3, predicted;
+        for (int k = 0; k < 20; k++) {
+            (void) predict(f, 0, 1, 2);
+            (void) learn(f, 1, 3, 3);
+        }
+        const float x[EMBD] = {bad[i], bad[i], bad[i], bad[i]};
+        (void) predict(f, 0, 1, 2);
+        (void) hb_forecast_learn(f, routers, 1, x, &expert, 1, &predicted);
+        int32_t experts[EXPERTS];
+        float odds[EXPERTS], p[EXPERTS];
+        CHECK(hb_forecast_predict(f, routers, 0, 1, x, true, experts, odds, p));
+        CHECK(experts[0] >= 0 && experts[0] < EXPERTS);
+        (void) learn(f, 1, 3, 3);
+        for (int k = 0; k < 20; k++) {
+            (void) predict(f, 0, 1, 2);
+            (void) learn(f, 1, 3, 3);
+        }
+        CHECK_EQUAL(predict(f, 0, 1, 2), 3);
+        hb_forecast_free(f);
+    }
+}
+
 static void what_is_not_known_is_not_predicted(void) {
     struct hb_forecast *f = new_forecast();
     struct hb_router some[GROUPS] = {routers[0], routers[1], routers[2]};
@@ -92,6 +121,7 @@ static void what_is_not_known_is_not_predicted(void) {
 int main(void) {
     RUN(what_comes_in_between_is_learned);
     RUN(a_pass_that_was_broken_off_is_not_learned_from);
+    RUN(what_is_no_number_is_not_learned);
     RUN(what_is_not_known_is_not_predicted);
     return 0;
 }

@@ -859,12 +859,20 @@ static void uses_are_counted(void) {
     for (int i = 0; i < 2 * EXPERTS; i++) {
         CHECK_EQUAL(counts[i], i == 2 ? 2 : i == 1 || i == 3 || i == EXPERTS + 5);
     }
+    uint64_t hits[2], misses[2];
+    hobbit_model_look_ups(m, hits, misses);
+    CHECK(hits[0] == 1 && misses[0] == 3 && hits[1] == 0 && misses[1] == 1);
+    struct hobbit_stats stats = stats_of(m);
+    CHECK(stats.hits == 1 && stats.misses == 4);
     hobbit_model_close(m);
 }
 
 static void what_there_is_room_for_is_read_in_order(void) {
     struct hobbit_model *m = ready_model(HOBBIT_IO_AUTO, 3);
     CHECK_EQUAL(hobbit_model_settle(m), 0);
+    hb_model_lock(m);
+    CHECK_EQUAL(hobbit_model_settle(m), 1); /* it does not wait */
+    hb_model_unlock(m);
     CHECK_EQUAL(use(m, 0, 2, 1), 0);
     CHECK_EQUAL(warm(m, 0, (int32_t[]) {5, 2, 0, 1, 3}, 5), HOBBIT_OK);
     settled(m);

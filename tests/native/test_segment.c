@@ -35,7 +35,7 @@ static struct ggml_tensor *input, *ids, *weights;
 static struct ggml_tensor *new_weight(int group, int model) {
     static struct hb_weight table[2][2];
     struct ggml_tensor *t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, D, EXPERTS);
-    table[group][model] = (struct hb_weight) {(struct hobbit_model *) &models[model], &matrices[group]};
+    table[group][model] = (struct hb_weight) {(struct hobbit_model *) &models[model], &matrices[group], NULL};
     t->buffer = &ours;
     t->extra = &table[group][model];
     return t;

@@ -8,6 +8,7 @@ const percent = (v) => `${(100 * v).toFixed(0)} %`;
 const CHARTS = [
   ["rate", "Tokens a second", (v) => v.toFixed(v < 10 ? 2 : 1), 0],
   ["hit", "Experts found in memory", percent, 1],
+  ["device", "Found on the device", percent, 1],
   ["high", "In high precision", percent, 1],
   ["low", "In low precision", percent, 1],
   ["read", "MiB read a token", (v) => v.toFixed(1), 0],
@@ -173,6 +174,7 @@ const NS = "http://www.w3.org/2000/svg";
 const charts = CHARTS.map(([name, title, words, most]) => {
   const figure = document.createElement("figure");
   figure.dataset.chart = name;
+  figure.hidden = name === "device"; // until there is one
   const caption = document.createElement("figcaption");
   const value = document.createElement("output");
   value.textContent = "-";
@@ -186,21 +188,34 @@ const charts = CHARTS.map(([name, title, words, most]) => {
   svg.append(path);
   figure.append(caption, svg);
   at("charts").append(figure);
-  return { name, words, most, value, path, values: Array(SECONDS).fill(null) };
+  return { name, figure, words, most, value, path, values: Array(SECONDS).fill(null) };
 });
 
 let before = null;
+let planned = false;
+
+// There is a plan once the model was loaded.
+async function plan() {
+  planned = true;
+  try {
+    at("plan").textContent = (await (await fetched("hobbit/plan")).json()).words;
+  } catch {
+    planned = false;
+  }
+}
 
 function show(now) {
-  at("model").textContent = `${now.model}, ${now.mode}, ${now.quality}`;
+  at("model").textContent = `${now.model}, ${now.mode ?? "not loaded yet"}, ${now.quality}`;
   at("state").textContent = state(now);
   const found = figures(before ?? now, now);
   before = now;
+  if (!planned && now.mode) plan();
   for (const chart of charts) {
     const value = found[chart.name];
     chart.values = [...chart.values.slice(1), value];
     chart.path.setAttribute("points", line(chart.values, chart.most, SECONDS));
     if (value !== null) chart.value.textContent = chart.words(value);
+    if (chart.name === "device") chart.figure.hidden = !now.device;
   }
 }
 
@@ -208,13 +223,13 @@ async function follow() {
   for (;;) {
     try {
       const feed = await fetched("hobbit/events");
-      at("plan").textContent = (await (await fetched("hobbit/plan")).json()).words;
       await read(feed, show);
       at("state").textContent = "the server has gone";
     } catch (error) {
       at("state").textContent = error.status === 401 ? "give the API key, under Settings" : "no connection to the server";
     }
     before = null;
+    planned = false;
     await new Promise((again) => setTimeout(again, RETRY_MS));
   }
 }

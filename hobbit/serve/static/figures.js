@@ -17,11 +17,12 @@ export function figures(before, now) {
   return {
     rate: tokens > 0 ? share(tokens, since("decode_s")) : null,
     hit: share(since("hits"), since("hits") + since("misses")),
+    device: now.device ? share(since("device_hits"), since("hits") + since("misses")) : null,
     high: share(since("pairs_high"), pairs),
     low: share(since("pairs_low"), pairs),
     read: all > 0 ? read / all : null,
     stall: share(since("stall_s"), since("prompt_s") + since("decode_s")),
-    memory: now.stats.peak_bytes / now.stats.cap_bytes,
+    memory: share(now.resident_bytes, now.stats.cap_bytes),
   };
 }
 
@@ -30,6 +31,8 @@ export function state(now) {
   const waiting = now.queue.waiting ? `, ${now.queue.waiting} waiting` : "";
   if (now.state === "prompt") return `reading a prompt, ${now.prompt.done} of ${now.prompt.total} tokens${waiting}`;
   if (now.state === "answer") return `answering, ${now.generating} tokens${waiting}`;
+  if (now.state === "loading") return `loading the model${waiting}`;
+  if (now.state === "asleep") return "the model is not loaded: a message loads it";
   return `idle, ${now.requests.answered} answered`;
 }
 

@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-from ..errors import HobbitError, UsageError
+from ..errors import UsageError
+from ..harmony import FINAL
+from ..template import opens_thoughts, template_of
 from .transcript import Message
 
 if TYPE_CHECKING:
     from ..llama import Llama
 
+_THOUGHTS = re.compile(r"<think>.*?(</think>\s*|$)", re.DOTALL)
 
-class ChatTemplate:
-    """The model's template; with `raw`, or where it has none, texts follow one another as they are.
 
-    `switches_thinking` says whether the template can be told to let the model think or not.
-    """
+class Prompts:
+    """Prompts for a model; with `raw`, or where it has no template, texts follow one another."""
 
     def __init__(self, llm: Llama, raw: bool = False) -> None:
         self._llm = llm
-        self.text: str = "" if raw else llm.metadata.get("tokenizer.chat_template", "")
-        self.switches_thinking = "enable_thinking" in self.text
-        self._formatter = None
-        if self.text:
-            self._formatter = Jinja2ChatFormatter(
-                template=self.text,
-                eos_token=self._special(llm.token_eos()),
-                bos_token=self._special(llm.token_bos()),
-            )
+        self._template = None if raw else template_of(llm)
 
-    def _special(self, token: int) -> str:
-        return self._llm._model.token_get_text(token) if token != -1 else ""
+    @property
+    def text(self) -> str:
+        """The template as the model's file has it; empty where there is none."""
+        return self._template.text if self._template else ""
 
-    def render(self, messages: Sequence[Message], think: bool | None = None) -> str:
-        """Return the text that the model goes on with; `think` None leaves it to the template."""
-        if self._formatter is None:
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether the template can be told to let the model think or not."""
+        return self._template is not None and self._template.switches_thinking
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether answers have channels: see harmony.py."""
+        return self._template is not None and self._template.is_harmony
+
+    def render(
+        self, messages: Sequence[Message], think: bool | None = None, *, plain: bool = False
+    ) -> str:
+        """Return the text that the model goes on with; `think` None leaves it to the template.
+
+        `plain`: what follows is the answer's words and nothing else, as a grammar wants it.
+        """
+        if self._template is None:
             return _joined(messages)
         wishes = {} if think is None else {"enable_thinking": think}
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return str(self._formatter(messages=plain, **wishes).prompt)
-        except Exception as exc:  # a template is the model's, and may fail in any way
-            reason = " ".join(str(exc).split()) or type(exc).__name__
-            raise HobbitError(f"the model's chat template fails: {reason}") from exc
+        text = self._template.render([self._told(message) for message in messages], **wishes)
+        return text + FINAL if plain and self.has_channels else text
+
+    def _told(self, message: Message) -> dict[str, str]:
+        content = message.content
+        if self.has_channels and message.role == "assistant":
+            content = _THOUGHTS.sub("", content)  # this template wants them elsewhere, if at all
+        return {"role": message.role, "content": content}
 
     def check_switch(self) -> None:
         """Raise UsageError where the template does not let one choose."""
@@ -54,13 +65,12 @@ class ChatTemplate:
 
     def opens_thoughts(self, think: bool | None = None) -> bool:
         """Whether an answer begins within thoughts, as the template has opened them."""
-        question = [Message("user", "?")]
-        return self.render(question, think).rstrip().endswith("<think>")
+        return opens_thoughts(self.render([Message("user", "?")], think))
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a rendered text."""
         # A template writes the begin-of-sequence token itself.
-        bos = self._formatter is None and self._llm._model.add_bos_token()
+        bos = self._template is None and self._llm._model.add_bos_token()
         return list(self._llm.tokenize(text.encode(), add_bos=bos, special=True))
 
     def continued(self, before: Sequence[int], rest: str, whole: Sequence[int]) -> list[int] | None:
