@@ -179,7 +179,9 @@ static void close_backend(void *context) {
 /* The device was given up, and its thread came back: it gives back what the device has, and the connection. */
 static void close_late(void *context) {
     struct hobbit_device *d = context;
-    close_backend(d);
+    if (!d->closing.done) {
+        close_backend(d);
+    }
     hb_guard_remove(d->worker);
 }
 
@@ -218,9 +220,10 @@ void hobbit_device_close(struct hobbit_device *d) {
     }
     if (quiet && hb_worker_done(worker, &d->closing, PATIENCE_MS)) {
         hb_guard_remove(worker);
+        (void) hb_worker_close(worker);
         free(d);
     } else {
         hb_worker_lose(worker, "it does not answer");
+        leave(d);
     }
-    (void) hb_worker_close(worker);
 }

@@ -303,7 +303,7 @@ INCLUDES: dict[str, set[str]] = {
     "guard.h": set(),
     "site.c": set(),
     "site.h": {"block.h", "catalog.h", "costs.h"},
-    "rpc.c": {"guard.h", "hobbit.h", "worker.h"},
+    "rpc.c": {"guard.h", "hobbit.h", "os.h", "worker.h"},
     "rpc.h": set(),
 }
 

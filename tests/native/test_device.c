@@ -6,6 +6,8 @@
 #include "costs.h"
 #include "executor.h"
 #include "faults.h"
+#include "ggml-backend-impl.h"
+#include "guard.h"
 #include "on_device.h"
 
 /* Who computes what, in the tests to come; and what reading is said to take. */
@@ -312,7 +314,7 @@ static void every_failed_allocation_is_survived(void) {
 }
 
 /* Kept for ever, by design. */
-static struct hobbit_device *silent[2];
+static struct hobbit_device *silent[3];
 
 static struct hobbit_device *open_impatiently(int patience_ms) {
     struct hobbit_device *device = open_device();
@@ -321,12 +323,18 @@ static struct hobbit_device *open_impatiently(int patience_ms) {
 }
 
 #ifdef __SANITIZE_THREAD__
-#define N_SILENT 1 /* nothing but time is between what a copy reads and the end of the model */
+#define N_SILENT 2 /* nothing but time is between what a copy reads and the end of the model */
 #else
-#define N_SILENT 2
+#define N_SILENT 3
 #endif
 
-/* Be it before it has allocated anything, or in the middle of a copy, which ends when the model is gone. */
+static ggml_backend_buffer_t allocate_at_the_gate(ggml_backend_buffer_type_t type, size_t size) {
+    (void) type;
+    wait_at_the_gate(NULL);
+    return ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+}
+
+/* Be it before it allocates anything, while it does, or in the middle of a copy, which end when the model is gone. */
 static void a_device_that_does_not_answer_gets_no_model(void) {
     const uint64_t copy_ns = 2000000000;
     const struct hobbit_device_delays slow = {.copy_ns_per_mib = (copy_ns << 20) / whole_expert(HOBBIT_HIGH)};
@@ -336,6 +344,10 @@ static void a_device_that_does_not_answer_gets_no_model(void) {
         silent[i] = open_impatiently(100);
         hobbit_device_delay(silent[i], &slow);
     }
+    static struct ggml_backend_buffer_type slow_type;
+    slow_type = *silent[1]->buffer_type;
+    slow_type.iface.alloc_buffer = allocate_at_the_gate;
+    silent[1]->buffer_type = &slow_type;
     hold(silent[0], HB_COMPUTES, &waits);
     for (int i = 0; i < N_SILENT; i++) {
         struct arm *arm = open_arm(3, HOBBIT_IO_AUTO);
@@ -350,6 +362,23 @@ static void a_device_that_does_not_answer_gets_no_model(void) {
         hb_worker_rest(silent[i]->worker, HB_WORKER_FOREVER);
         hobbit_device_close(silent[i]);
     }
+}
+
+/* The connection is free again once its thread has come back. */
+static void a_device_that_does_not_answer_at_its_end_comes_back(void) {
+    static struct hb_task waits;
+    static struct hobbit_device *late; /* kept for ever */
+    late = open_device();
+    late->copies_on = HB_COMPUTES;
+    hold(late, HB_COMPUTES, &waits);
+    hobbit_device_close(late);
+    CHECK(hb_guard_has("CPU"));
+    pthread_mutex_unlock(&gate);
+    while (hb_guard_has("CPU")) {
+        usleep(1000);
+    }
+    hobbit_device_close(open_device());
+    CHECK(!hb_guard_has("CPU"));
 }
 
 /* Its experts' memory is given back, and the addresses stay. */
@@ -425,6 +454,7 @@ int main(void) {
             RUN(the_cpu_does_not_wait_for_the_device);
             RUN(copies_and_computing_overlap);
             RUN(every_failed_allocation_is_survived);
+            RUN(a_device_that_does_not_answer_at_its_end_comes_back);
             RUN(a_device_that_does_not_answer_gets_no_model);
             RUN(an_abandoned_model_keeps_no_experts);
             RUN(what_does_not_fit_is_refused);
