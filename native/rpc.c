@@ -182,16 +182,19 @@ static ggml_backend_reg_t ask(add_server *function, const char *endpoint, char *
     *a = (struct adding) {.task = {.run = add, .context = a}, .add = function};
     snprintf(a->endpoint, sizeof a->endpoint, "%s", endpoint);
     atomic_store(&asking, true);
+    char why[128] = "it has no devices";
     if (hb_worker_call(worker, &a->task, TIMEOUT_MS)) {
         reg = a->reg;
         hb_guard_remove(worker);
         free(a);
+    } else {
+        hb_worker_reason(worker, why, sizeof why);
     }
     (void) hb_worker_close(worker);
     if (reg == NULL) {
         char text[256];
         readable(endpoint, text, sizeof text);
-        snprintf(err, err_len, "%s is no RPC server of this llama.cpp's version", text);
+        snprintf(err, err_len, "%s is no RPC server of this llama.cpp's version: %s", text, why);
     }
     return reg;
 }
